@@ -1,0 +1,402 @@
+"""GPT-2 in one file: the model, text generation, checkpoints, tokenizers.
+
+Shapes: B batch, T tokens (query positions), S source positions (keys and values, S = T without a
+cache), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+
+Radford et al. 2019, Language Models are Unsupervised Multitask Learners. Every module carries the
+name it has in OpenAI's weights, so that those map one to one.
+"""
+
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2's smallest, 124,439,808 parameters."""
+    block_size: int = 1024         # longest context, tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int = 0               # feed-forward width; 0: 4 * n_embd
+    dropout: float = 0.0
+    bias: bool = True              # in Linear and LayerNorm; False is a little faster
+    qkv_bias: bool = True          # in the query, key and value projection; needs bias
+    positions: str = "learned"     # or sinusoidal
+    scale_embedding: bool = False  # token embeddings * sqrt(n_embd), made for sinusoidal positions
+    activation: str = "gelu"       # GPT-2's tanh form, or relu
+    norm: str = "pre"              # LayerNorm before each sublayer, or post: after its residual sum
+    tied: bool = True              # the output layer shares the token embedding's matrix
+    fused: bool = True             # fused kernels; False: the same from the formulas below
+    label_smoothing: float = 0.0   # in the training loss, never in evaluation
+    layerdrop: float = 0.0         # chance to skip a block in training (Fan et al. 2019)
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, "
+                             f"{self.n_embd} is not one of {self.n_head}")
+        if self.scale_embedding and self.positions != "sinusoidal":
+            raise ValueError("scale_embedding goes with --positions=sinusoidal")
+        if self.n_inner < 0:
+            raise ValueError(f"n_inner must be a width, or 0 for 4 * n_embd, not {self.n_inner}")
+        for name in ("dropout", "label_smoothing", "layerdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
+        for name, choices in {"positions": ("learned", "sinusoidal"),
+                              "activation": ("gelu", "relu"), "norm": ("pre", "post")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, "
+                                 f"not {getattr(self, name)!r}")
+
+
+# ---- the formulas, and the fused kernels that compute the same ----
+
+def attention(q, k, v, dropout=0.0):
+    """softmax(Q K^T / sqrt(D)) V, causal. q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    Vaswani et al. 2017, equation 1. The mask counts from the lower right corner: the last query
+    sees every key, so that the T newest of S positions run the same lines."""
+    (T, D), S = q.shape[-2:], k.shape[-2]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)                           # (B, H, T, S)
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v
+
+
+def fused_attention(q, k, v, dropout=0.0):
+    """The same in one kernel that never holds (T, T) weights (FlashAttention, Dao et al. 2022)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 256:
+        return attention(q, k, v, dropout)  # the kernel's backward is 1.6 to 5 times slower there
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+def layer_norm(x, shape, weight, bias=None, eps=1e-5):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016).
+    Takes what F.layer_norm takes; shape is implied by weight."""
+    x = x - x.mean(dim=-1, keepdim=True)
+    x = x / (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
+    return x if bias is None else x + bias
+
+
+def gelu(x):
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), GPT-2's form (Hendrycks & Gimpel 2016)."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+fused_gelu = partial(F.gelu, approximate="tanh")
+
+
+def sinusoids(T, C):
+    """(T, C) table: sin(t / 10000^(i / C)) in even columns i, the cosine beside it in i + 1.
+    Vaswani et al. 2017, section 3.5."""
+    angles = torch.arange(T)[:, None] / 10000 ** (torch.arange(0, C, 2) / C)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :C]
+
+
+# ---- the model ----
+
+class LayerNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.normalize = F.layer_norm if config.fused else layer_norm
+
+    def forward(self, x):
+        return self.normalize(x, self.weight.shape, self.weight, self.bias)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.attend = fused_attention if config.fused else attention
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)    # (B, H, T, D) each
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation = {"gelu": fused_gelu if config.fused else gelu,
+                           "relu": torch.relu}[config.activation]
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))  # (B, T, C), 4C inside
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+        self.pre_norm = config.norm == "pre"
+
+    def forward(self, x):
+        if self.pre_norm:
+            x = x + self.attn(self.ln_1(x))
+            return x + self.mlp(self.ln_2(x))
+        x = self.ln_1(x + self.attn(x))
+        return self.ln_2(x + self.mlp(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # The last post-norm block has already normalized what it returns.
+        self.ln_f = LayerNorm(config) if config.norm == "pre" else nn.Identity()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
+        self.embedding_scale = math.sqrt(config.n_embd) if config.scale_embedding else 1.0
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """N(0, 0.02) and zero biases; the projections that end in the residual stream are smaller
+        by sqrt(2 n_layer), the number of terms summed there, which keeps the sum's variance."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.h:
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        if self.config.positions == "sinusoidal":
+            self.wpe.weight.copy_(sinusoids(*self.wpe.weight.shape)).requires_grad_(False)
+
+    def hidden(self, idx):
+        """(B, T) ids -> (B, T, C), normalized: what the output layer reads."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit a context of {self.config.block_size}, "
+                             f"crop them to the last block_size")
+        x = self.drop(self.wte(idx) * self.embedding_scale + self.wpe.weight[:T])
+        for block in self.h:
+            if self.training and torch.rand(()) < self.config.layerdrop:
+                continue
+            x = block(x)
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """(B, T) ids -> logits (B, T, V) and, with targets (B, T), the mean loss in nats per token.
+        A target of -1 is not counted."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
+                               label_smoothing=smoothing)
+        return logits, loss
+
+    def num_params(self):
+        """Trained parameters, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def flops_per_token(self):
+        """Floating point operations to train on one token, forward (1/3) and backward (2/3), at
+        full context: 6 per matrix weight, 12 C T per layer for attention (PaLM, appendix B)."""
+        c = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+    # ---- generation ----
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continues (B, T) ids to (B, T + max_new_tokens), each token seen through the last
+        block_size ones. temperature 0 is greedy; top_k keeps exactly the k likeliest (0: all)."""
+        was_training = self.training
+        self.eval()
+        k = min(top_k or self.config.vocab_size, self.config.vocab_size)
+        for _ in range(max_new_tokens):
+            last = self.hidden(idx[:, -self.config.block_size:])[:, -1]      # (B, C)
+            logits, ids = self.lm_head(last).float().topk(k if temperature else 1)  # (B, k)
+            if temperature:
+                probs = (logits / temperature).softmax(dim=-1)
+                ids = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+            idx = torch.cat((idx, ids), dim=1)
+        self.train(was_training)
+        return idx
+
+
+# ---- checkpoints ----
+
+@contextmanager
+def atomic_write(path):
+    """A binary file to write; path is replaced once it is whole and on disk, and only then."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, tokenizer, **training):
+    """Writes the model, its tokenizer and the state of training (tensors and plain values)."""
+    with atomic_write(path) as file:
+        torch.save({"config": asdict(model.config), "tokenizer": tokenizer.spec,
+                    "model": model.state_dict(), **training}, file)
+
+
+def load_checkpoint(path, device="cpu"):
+    """What save_checkpoint wrote, "model" a GPT on device in eval mode, "tokenizer" a tokenizer.
+    Raises ValueError or OSError; nothing in the file can run code."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load has no one exception for a file that is not its own
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py, use another or "
+                         f"train again ({type(error).__name__})") from error
+    try:
+        tokenizer = tokenizer_from(checkpoint["tokenizer"])
+        model = GPT(GPTConfig(**checkpoint["config"])).to(device).eval()
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not hold a model of this project, use another or train "
+                         f"again ({type(error).__name__}: {reason})") from error
+    return checkpoint | {"model": model, "tokenizer": tokenizer}
+
+
+def pick_device(name):
+    """The torch device of a setting; auto: CUDA, else MPS, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device(found.type if found and found.type in ("cuda", "mps") else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here, try auto or cpu") from error
+    return torch.device(name)
+
+
+# ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (plain JSON) ----
+
+def token_dtype(vocab_size):
+    """The narrowest type that ids are stored in."""
+    return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+
+
+class CharTokenizer:
+    """One id for each character of vocabulary, a sorted string."""
+    eot = None
+
+    def __init__(self, vocabulary):
+        if not vocabulary or list(vocabulary) != sorted(set(vocabulary)):
+            raise ValueError("a character vocabulary must be one sorted string without repeats")
+        self.spec = {"kind": "char", "vocabulary": vocabulary}
+        self.vocab_size = len(vocabulary)
+        self.codes = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
+        # A table from code point to id, as long as the last character and one beyond; vocab_size
+        # marks the unknown. One look-up for a whole text is what makes encode fast.
+        self.ids = np.full(self.codes[-1] + 2, self.vocab_size, token_dtype(self.vocab_size + 1))
+        self.ids[self.codes] = np.arange(self.vocab_size)
+
+    def encode(self, text):
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        ids = self.ids.take(codes, mode="clip")
+        unknown = ids == self.vocab_size
+        if unknown.any():
+            at = int(unknown.argmax())
+            raise ValueError(f"{text[at]!r} (U+{ord(text[at]):04X}, character {at + 1} of the "
+                             f"text) is not among the vocabulary's {self.vocab_size} characters, "
+                             f"leave it out or use data prepared with --tokenizer=byte")
+        return ids
+
+    def decode(self, ids):
+        return self.codes[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le")
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8: any text, no vocabulary to learn."""
+    eot = None
+    vocab_size = 256
+    spec = {"kind": "byte"}
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16)
+
+    def decode(self, ids):
+        return bytes(np.asarray(ids, dtype=np.uint8)).decode("utf-8", "replace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's 50,257 byte-pair tokens, run by tiktoken, which downloads them once."""
+    eot = 50256
+    vocab_size = 50257
+    spec = {"kind": "gpt2"}
+
+    def __init__(self):
+        try:
+            self.encoding = tiktoken.get_encoding("gpt2")
+        except OSError as error:  # requests' errors are OSErrors
+            raise OSError(f"GPT-2's tokenizer could not be downloaded, connect once or let "
+                          f"TIKTOKEN_CACHE_DIR name a folder that holds it "
+                          f"({type(error).__name__})") from error
+
+    def encode(self, text):
+        """<|endoftext|> in the text becomes eot."""
+        return np.array(self.encoding.encode(text, allowed_special="all"), dtype=np.uint16)
+
+    def decode(self, ids):
+        return self.encoding.decode(np.asarray(ids).tolist())
+
+
+def tokenizer_from(spec):
+    """The tokenizer that wrote spec, as a dataset's meta.json and a checkpoint hold it."""
+    kind = spec.get("kind") if isinstance(spec, dict) else None
+    if kind == "char" and isinstance(spec.get("vocabulary"), str):
+        return CharTokenizer(spec["vocabulary"])
+    if kind in ("byte", "gpt2"):
+        return {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}[kind]()
+    raise ValueError("a tokenizer's spec must be of kind char (with its vocabulary), byte or gpt2")
+
+
+def encode_prompt(tokenizer, text):
+    """(1, T) ids to go on from; an empty text begins at end-of-text, where there is one."""
+    ids = tokenizer.encode(text).tolist() or ([] if tokenizer.eot is None else [tokenizer.eot])
+    if not ids:
+        raise ValueError("--start is empty, give at least one character to go on from")
+    return torch.tensor([ids])

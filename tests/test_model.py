@@ -1,0 +1,237 @@
+"""The model against its formulas, other implementations and known numbers."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import (GPT, GPTConfig, attention, fused_attention, fused_gelu, gelu, layer_norm,
+                   sinusoids)
+
+SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
+
+
+def small(seed=0, **options):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**SMALL | options))
+
+
+def ids(B=2, T=16, seed=0):
+    return torch.randint(65, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---- sizes ----
+
+@pytest.mark.parametrize("qkv_bias, parameters", [(True, 124_439_808), (False, 124_412_160)])
+def test_gpt2_has_its_published_number_of_parameters(qkv_bias, parameters):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(qkv_bias=qkv_bias)).num_params() == parameters
+
+
+def test_untied_head_is_one_matrix_more_and_a_sinusoidal_table_is_not_trained():
+    assert small(tied=False).num_params() - small().num_params() == 65 * 32
+    assert small().num_params() - small(positions="sinusoidal").num_params() == 16 * 32
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": False, "n_inner": 48, "bias": False}])
+def test_flops_per_token_are_what_torch_counts(options):
+    model = small(fused=False, **options)
+    with FlopCounterMode(display=False) as counter:
+        model(ids(), ids(seed=1))[1].backward()
+    assert counter.get_total_flops() == model.flops_per_token() * ids().numel()
+
+
+# ---- the formulas against the fused kernels ----
+
+@pytest.mark.parametrize("norm, activation, bias", list(product(
+    ("pre", "post"), ("gelu", "relu"), (True, False))))
+def test_written_out_and_fused_agree_in_values_and_gradients(norm, activation, bias):
+    fused = small(norm=norm, activation=activation, bias=bias)
+    written = small(norm=norm, activation=activation, bias=bias, fused=False)
+    for model in (fused, written):
+        model.logits, loss = model(ids(), ids(seed=1))
+        loss.backward()
+    assert relative(written.logits, fused.logits) < 1e-5
+    for (name, a), b in zip(written.named_parameters(), fused.parameters()):
+        if not name.endswith("c_attn.bias"):  # a key's bias has gradient 0 but for rounding
+            assert relative(a.grad, b.grad) < 1e-5, name
+
+
+def test_each_formula_is_torchs():
+    x = torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(gelu(x), fused_gelu(x))
+    torch.testing.assert_close(layer_norm(x, (32,), weight, bias),
+                               F.layer_norm(x, (32,), weight, bias))
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(attention(q, k, v), fused_attention(q, k, v))
+
+
+def test_attentions_mask_counts_from_the_lower_right_corner():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(attention(q[:, :, -3:], k, v), attention(q, k, v)[:, :, -3:])
+
+
+def test_bfloat16_attention_is_close_to_float32():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    half = fused_attention(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    assert (half - attention(q, k, v)).abs().max() < 0.05
+
+
+def test_sinusoids_are_the_papers():
+    table = sinusoids(7, 6)
+    for t, i in product(range(7), range(3)):
+        angle = t / 10000 ** (2 * i / 6)
+        assert table[t, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
+        assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+# ---- behaviour ----
+
+@pytest.mark.parametrize("norm, positions, fused", list(product(
+    ("pre", "post"), ("learned", "sinusoidal"), (True, False))))
+def test_no_gradient_flows_from_a_later_token(norm, positions, fused):
+    model = small(norm=norm, positions=positions, fused=fused)
+    seen = {}
+    model.drop.register_forward_hook(lambda m, i, x: seen.update(x=x.retain_grad() or x))
+    logits, _ = model(ids(B=1))
+    logits[0, 9].square().sum().backward()
+    reached = seen["x"].grad[0].abs().sum(dim=-1) > 0
+    assert reached.tolist() == [True] * 10 + [False] * 6
+
+
+@pytest.mark.parametrize("norm, positions, activation, tied, bias, qkv_bias", list(product(
+    ("pre", "post"), ("learned", "sinusoidal"), ("gelu", "relu"), (True, False), (True, False),
+    (True, False))))
+def test_an_untrained_model_is_as_good_as_guessing(norm, positions, activation, tied, bias,
+                                                   qkv_bias):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 65, 4, 4, 128, norm=norm, positions=positions, activation=activation,
+                          tied=tied, bias=bias, qkv_bias=qkv_bias))
+    tokens = ids(8, 65)
+    assert abs(model(tokens[:, :-1], tokens[:, 1:])[1].item() - math.log(65)) < 0.3
+
+
+def test_a_wide_tied_model_with_scaled_embeddings_starts_by_repeating_the_last_token():
+    """Why its untrained loss is above ln(vocabulary): a token's own embedding is so large a part
+    of the hidden state that the shared matrix finds it there."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 65, 6, 6, 384, positions="sinusoidal", scale_embedding=True))
+    tokens = ids(8, 65)
+    logits, loss = model(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() > math.log(65) + 0.3
+    assert (logits.argmax(dim=-1) == tokens[:, :-1]).float().mean() > 0.9
+
+
+def test_the_initial_weights_are_gpt2s():
+    model = small(n_embd=128, n_layer=8)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+        else:
+            assert p.unique().tolist() == [1.0 if "ln_" in name and "weight" in name else 0.0]
+
+
+def test_targets_of_minus_one_do_not_count():
+    model, x, y = small(), ids(1), ids(1, seed=1)
+    masked = torch.where(torch.arange(16) < 5, y, -1)
+    torch.testing.assert_close(model(x, masked)[1], model(x[:, :5], y[:, :5])[1])
+
+
+def test_label_smoothing_and_layerdrop_act_in_training_only():
+    plain, x, y = small(), ids(), ids(seed=1)
+    for option in ({"label_smoothing": 0.2}, {"layerdrop": 0.9}):
+        model = small(**option)
+        torch.testing.assert_close(model.eval()(x, y)[1], plain(x, y)[1])
+        torch.manual_seed(0)
+        assert model.train()(x, y)[1] != plain(x, y)[1]
+
+
+def test_layerdrop_skips_its_share_of_the_blocks():
+    model, calls = small(layerdrop=0.25), []
+    for block in model.h:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    for _ in range(400):
+        model(ids(1, 1))
+    assert len(calls) / 1200 == pytest.approx(0.75, abs=0.04)
+
+
+def test_dropout_zeroes_in_training_only():
+    model, x = small(dropout=0.5), ids()
+    torch.testing.assert_close(model.eval()(x)[0], small()(x)[0])
+    assert not torch.equal(model.train()(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"n_embd": 30}, "multiple of n_head"), ({"n_layer": 0}, "n_layer must be at least 1"),
+    ({"dropout": 1.0}, "dropout"), ({"norm": "middle"}, "norm must be pre or post"),
+    ({"positions": "rotary"}, "positions must be"), ({"activation": "silu"}, "activation"),
+    ({"n_inner": -1}, "n_inner"), ({"scale_embedding": True}, "--positions=sinusoidal"),
+])
+def test_a_shape_that_cannot_work_says_why(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**SMALL | wrong)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match="17 tokens do not fit a context of 16"):
+        small()(ids(1, 17))
+
+
+def test_transformers_gpt2_gives_the_same_logits():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=65, n_positions=16, n_embd=32, n_layer=3, n_head=4)).eval()
+    ours = small().eval()
+    weights = {name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()}
+    transposed = ("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")
+    ours.load_state_dict({name: w.T if name.endswith(transposed) else w
+                          for name, w in weights.items() if not name.endswith(".attn.bias")})
+    torch.testing.assert_close(ours(ids())[0], theirs(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+# ---- generation ----
+
+def test_greedy_text_is_the_argmax_of_the_whole_context_each_time():
+    model, idx = small().eval(), ids(2, 5)
+    out = model.generate(idx, 30, temperature=0)
+    for t in range(5, 35):
+        logits, _ = model(out[:, max(0, t - 16):t])
+        assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
+    assert torch.equal(out, model.generate(idx, 30, top_k=1))
+
+
+def test_top_k_draws_from_exactly_k_even_among_equals():
+    model = small().eval()
+    torch.nn.init.zeros_(model.wte.weight)  # all logits are equal
+    drawn = model.generate(ids(500, 1), 1, top_k=3)[:, 1]
+    assert len(drawn.unique()) == 3
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    model = small().eval()
+    with torch.no_grad():
+        model.wte.weight *= 20
+    idx = ids(1, 4)
+    expected = (model(idx)[0][0, -1] / 0.5).softmax(dim=-1)
+    drawn = model.generate(idx.repeat(20_000, 1), 1, temperature=0.5,
+                           generator=torch.Generator().manual_seed(0))[:, -1]
+    found = torch.bincount(drawn, minlength=65) / 20_000
+    assert (found - expected).abs().max() < 0.015
+
+
+def test_generation_follows_its_generator_alone_and_leaves_the_mode():
+    model = small(dropout=0.5).train()
+    one, two = (model.generate(ids(2, 4), 20, generator=torch.Generator().manual_seed(3))
+                for _ in range(2))
+    assert torch.equal(one, two) and model.training
