@@ -9,6 +9,7 @@ name it has in OpenAI's weights, so that those map one to one.
 
 import math
 import os
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -189,7 +190,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """N(0, 0.02) and zero biases; the projections that end in the residual stream are smaller
-        by sqrt(2 n_layer), the number of terms summed there, which keeps the sum's variance."""
+        by sqrt(2 n_layer), the number of terms summed there, which keeps the sum's variance.
+
+        Logits of a normalized state then have variance 0.0004 n_embd, so the untrained loss is
+        about 0.0002 n_embd above ln(vocab_size). A tied model adds to that where its state still
+        resembles the embedding of the token just read, which it then predicts again: with scaled
+        embeddings, and in wide post-norm models of few tokens."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -208,8 +214,9 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit a context of {self.config.block_size}, "
                              f"crop them to the last block_size")
         x = self.drop(self.wte(idx) * self.embedding_scale + self.wpe.weight[:T])
+        layerdrop = self.config.layerdrop if self.training else 0.0
         for block in self.h:
-            if self.training and torch.rand(()) < self.config.layerdrop:
+            if layerdrop and torch.rand(()) < layerdrop:
                 continue
             x = block(x)
         return self.ln_f(x)
@@ -285,6 +292,8 @@ def load_checkpoint(path, device="cpu"):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one")
     try:
+        if not zipfile.is_zipfile(path):  # else torch.load would try a bare pickle, and warn
+            raise ValueError
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load has no one exception for a file that is not its own
         raise ValueError(f"{path} is damaged or not a checkpoint of train.py, use another or "
@@ -392,6 +401,17 @@ def tokenizer_from(spec):
     if kind in ("byte", "gpt2"):
         return {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}[kind]()
     raise ValueError("a tokenizer's spec must be of kind char (with its vocabulary), byte or gpt2")
+
+
+def read_text(path):
+    """The text of a UTF-8 file. Raises OSError or ValueError."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, give the path of a UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}, convert it first, "
+                         f"as iconv does") from None
 
 
 def encode_prompt(tokenizer, text):

@@ -82,6 +82,7 @@ def configure(namespace):
     own = declared_settings(script)
     values = {name: setting.value for name, setting in own.items()}
     if namespace["__name__"] == "__main__":
+        sys.excepthook = _report
         scripts = {path: declared_settings(path) for path in script.parent.glob("*.py")}
         known = {name: s for settings in scripts.values() for name, s in settings.items()} | own
         for argument in sys.argv[1:]:
@@ -101,6 +102,12 @@ def configure(namespace):
             sys.exit()
         namespace.update(values)
     return values
+
+
+def _report(kind, error, trace):
+    """Ctrl-C needs no traceback; anything else uncaught is a bug and gets its own."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _run_config(path, folder):

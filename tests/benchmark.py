@@ -1,0 +1,78 @@
+"""Measures, side by side in one run, what the comments in the code claim about speed.
+
+    python tests/benchmark.py dtype        a training step in float32 and in bfloat16
+    python tests/benchmark.py attention    the written-out attention against torch's kernel
+    python tests/benchmark.py encode       character encoding against a list comprehension
+
+Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import GPT, CharTokenizer, GPTConfig, attention  # noqa: E402
+
+
+def race(label, candidates, rounds=15):
+    """Prints the median milliseconds of each {name: function} and their ratio to the first."""
+    times = {name: [] for name in candidates}
+    for turn in range(rounds + 2):  # the first two turns warm up
+        for name, candidate in candidates.items():
+            began = time.perf_counter()
+            candidate()
+            times[name] += [1000 * (time.perf_counter() - began)] if turn > 1 else []
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = next(iter(medians.values()))
+    print(f"{label:32}" + "".join(f"{name} {ms:9.2f} ms  x{first / ms:5.2f}   "
+                                  for name, ms in medians.items()), flush=True)
+
+
+def dtype():
+    for layers, heads, width, context, rows in ((4, 4, 64, 32, 16), (4, 4, 128, 64, 12),
+                                                (4, 4, 128, 64, 48), (4, 4, 256, 64, 24),
+                                                (2, 8, 256, 128, 32), (6, 6, 384, 256, 8)):
+        model = GPT(GPTConfig(context, 65, layers, heads, width))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        x, y = torch.randint(65, (2, rows, context))
+
+        def step(dtype):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(x, y)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        race(f"{layers} x {width}, {rows} rows of {context}", {
+            "float32": lambda: step(torch.float32), "bfloat16": lambda: step(torch.bfloat16)})
+
+
+def attention_kernels():
+    for B, H, T, D in ((24, 4, 64, 32), (32, 8, 128, 32), (16, 6, 256, 64), (4, 6, 512, 64),
+                       (1, 12, 1024, 64)):
+        q, k, v = torch.randn(3, B, H, T, D).bfloat16().requires_grad_().unbind()
+        race(f"bfloat16 {B} x {H} x {T} x {D}", {
+            "kernel": lambda: F.scaled_dot_product_attention(
+                q, k, v, is_causal=True).sum().backward(),
+            "written out": lambda: attention(q, k, v).sum().backward()})
+
+
+def encode():
+    text = Path(__file__).read_text(encoding="utf-8") * 500
+    tokenizer = CharTokenizer("".join(sorted(set(text))))
+    stoi = {c: i for i, c in enumerate(tokenizer.spec["vocabulary"])}
+    race(f"{len(text) / 1e6:.1f} MB of text", {
+        "comprehension": lambda: [stoi[c] for c in text],
+        "encode": lambda: tokenizer.encode(text)}, rounds=5)
+
+
+if __name__ == "__main__":
+    wanted = {"dtype": dtype, "attention": attention_kernels, "encode": encode}
+    if len(sys.argv) != 2 or sys.argv[1] not in wanted:
+        sys.exit(__doc__)
+    wanted[sys.argv[1]]()

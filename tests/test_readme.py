@@ -1,0 +1,48 @@
+"""Every command in README.md and every config is one that works."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import REPO
+
+from model import GPT, GPTConfig
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS
+                   for line in block.splitlines() if "python " in line})
+CONFIGS = sorted(path.name for path in (REPO / "config").glob("[!_]*.py"))
+VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_is_understood(run, monkeypatch, command):
+    monkeypatch.chdir(REPO)
+    for part in command.split("&&"):
+        _, script, *arguments = shlex.split(part)
+        if script.endswith(".py"):
+            assert (REPO / script).is_file()
+            if "/" not in script:
+                assert run(script, *arguments, "--help").status == 0, part
+
+
+def test_the_readmes_test_command_is_what_ci_runs():
+    command = "pip install -q pytest && python -m pytest -q tests"
+    assert command in README and command in (REPO / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_serves_every_script_and_has_the_parameters_it_states(run, monkeypatch, name):
+    monkeypatch.chdir(REPO)
+    for script in ("train.py", "sample.py", "prepare_shakespeare.py"):
+        assert run(script, f"config/{name}", "--help").status == 0
+    values = dict(re.findall(r"--(\w+)=(\S+)", run("train.py", f"config/{name}", "--help").out))
+    values = {key: eval(value) for key, value in values.items() if key in GPTConfig.__annotations__}
+    stated = int(re.search(r"([\d,]+) parameters", (REPO / "config" / name).read_text())[1]
+                 .replace(",", ""))
+    dataset = re.search(r'dataset = "(\w+)"', (REPO / "config" / name).read_text())[1]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=VOCABULARY[dataset], **values))
+    assert model.num_params() == stated

@@ -1,0 +1,361 @@
+"""Training: batches, evaluation, optimizers, schedule, checkpoints, and what stops a run."""
+
+import csv
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY, one_sentence
+
+import train as script
+from model import GPT, GPTConfig, load_checkpoint
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """train.py's functions with small sizes in its settings."""
+    for name, value in dict(block_size=8, batch_size=4, gradient_accumulation_steps=2).items():
+        monkeypatch.setattr(script, name, value)
+    script.epoch_starts.cache_clear()
+    yield script
+    script.epoch_starts.cache_clear()
+
+
+def weights(name="last.pt", run="out/tiny"):
+    return load_checkpoint(f"{run}/{name}")["model"].state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(run="out/tiny"):
+    with open(f"{run}/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- batches ----
+
+def test_each_token_is_a_target_once_an_epoch(small):
+    tokens = np.arange(1000, dtype=np.uint16)
+    n = small.windows_per_epoch(1000)
+    for epoch in range(3):
+        starts = small.epoch_starts(1000, epoch)
+        targets = np.sort(np.concatenate([tokens[s + 1:s + 9] for s in starts]))
+        assert len(starts) == n and (np.diff(targets) == 1).all()
+        assert len(tokens) - len(targets) < 2 * 8
+    assert not np.array_equal(small.epoch_starts(1000, 0) % 8, small.epoch_starts(1000, 1) % 8)
+
+
+@pytest.mark.parametrize("n_tokens", [9, 10, 15, 16, 17, 24, 25])
+def test_windows_fit_into_the_shortest_datasets(small, n_tokens):
+    for epoch in range(20):
+        starts = small.epoch_starts(n_tokens, epoch)
+        assert len(starts) >= 1 and starts.min() >= 0 and starts.max() + 9 <= n_tokens
+
+
+def test_a_batch_follows_from_its_step_alone(small):
+    tokens = np.arange(200, dtype=np.uint16)
+    x, y = small.batch(tokens, 5, 1)
+    for step in range(4):
+        small.batch(tokens, step, 0)
+    again, _ = small.batch(tokens, 5, 1)
+    assert torch.equal(x, again) and torch.equal(x + 1, y) and x.shape == (4, 8)
+
+
+def test_micro_steps_are_the_parts_of_one_larger_batch(small, monkeypatch):
+    tokens = np.arange(200, dtype=np.uint16)
+    parts = torch.cat([small.batch(tokens, 3, micro)[0] for micro in range(2)])
+    monkeypatch.setattr(small, "batch_size", 8)
+    monkeypatch.setattr(small, "gradient_accumulation_steps", 1)
+    assert torch.equal(parts, small.batch(tokens, 3, 0)[0])
+
+
+def test_random_seeds_differ_in_purpose_and_step_only():
+    assert script.random_seed("a", 1) == script.random_seed("a", 1)
+    seeds = {script.random_seed(p, s, m) for p in "ab" for s in range(9) for m in range(9)}
+    assert len(seeds) == 2 * 9 * 9
+
+
+# ---- evaluation ----
+
+def test_evaluation_is_the_token_by_token_sum(small):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 50, 2, 2, 16)).eval()
+    tokens = torch.randint(50, (100,)).numpy().astype(np.uint16)
+    loss, correct = 0.0, 0
+    for t in range(1, 100):
+        first = (t - 1) // 8 * 8
+        logits = model(torch.tensor([tokens[first:t].tolist()]))[0][0, -1].double()
+        loss -= logits.log_softmax(dim=-1)[tokens[t]].item()
+        correct += logits.argmax().item() == tokens[t]
+    found = small.evaluate(model, tokens)
+    assert found["loss"] == pytest.approx(loss / 99, abs=1e-6)
+    assert found["accuracy"] == correct / 99
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_evaluation_does_not_depend_on_the_batch_size(small, monkeypatch, batch_size):
+    model = GPT(GPTConfig(8, 50, 1, 1, 8)).eval()
+    tokens = np.arange(90, dtype=np.uint16) % 50
+    expected = small.evaluate(model, tokens)
+    monkeypatch.setattr(small, "batch_size", batch_size)
+    assert small.evaluate(model, tokens) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_capped_evaluation_is_spread_over_the_split(small):
+    seen = []
+
+    def model(x, y):
+        seen.extend(x[:, 0].tolist())
+        return torch.zeros(*x.shape, 50), torch.tensor(1.0)
+
+    small.evaluate(model, np.arange(801, dtype=np.uint16), max_batches=1)
+    assert seen == [0, 264, 528, 792]
+
+
+def test_bits_per_character():
+    counts = {"tokens": 50, "characters": 200}
+    assert script.bits_per_character(math.log(16), counts) == pytest.approx(1.0)
+
+
+def test_eval_only_reports_every_split(run, verse):
+    run("prepare_shakespeare.py", "--source=verse.txt", "--dataset=verse", "--test_fraction=0.1")
+    run("train.py", *TINY)
+    rows = [line.split() for line in run("train.py", *TINY, "--init_from=resume",
+                                         "--eval_only=True", "--eval_iters=0").out.splitlines()]
+    table = {row[0]: row for row in rows if row[0] in ("train", "val", "test")}
+    best = load_checkpoint("out/tiny/best.pt")["progress"]["best_loss"]
+    for split, (_, tokens, loss, perplexity, bits, accuracy) in table.items():
+        assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+        assert float(bits) == pytest.approx(float(loss) / math.log(2), rel=1e-3)
+        assert 0 <= float(accuracy[:-1]) <= 100
+    assert set(table) == {"train", "val", "test"} and best > 0
+
+
+# ---- optimizers and schedule ----
+
+def test_adamw_from_first_principles_is_torchs():
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(5)]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    options = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    optimizers = script.AdamW(ours, **options), torch.optim.AdamW(theirs, **options)
+    for _ in range(20):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, c in zip(ours, theirs, start):
+        assert (a - b).abs().max() < 1e-6 and (a - c).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_scratch", "muon"])
+def test_only_matrices_decay_and_every_parameter_has_one_optimizer(monkeypatch, kind):
+    monkeypatch.setattr(script, "optimizer", kind)
+    model = GPT(GPTConfig(8, 50, 2, 2, 16, positions="sinusoidal"))
+    groups = [g for one in script.make_optimizers(model) for g in one.param_groups]
+    seen = [p for g in groups for p in g["params"]]
+    assert len(seen) == len(set(seen)) == sum(p.requires_grad for p in model.parameters())
+    for group in groups:
+        for p in group["params"]:
+            assert (group["weight_decay"] > 0) == (p.dim() == 2)
+
+
+def test_the_schedule_warms_up_and_lands_on_min_lr(monkeypatch):
+    for name, value in dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10).items():
+        monkeypatch.setattr(script, name, value)
+    rates = [script.learning_rate_at(step, 110) for step in range(111)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    monkeypatch.setattr(script, "lr_schedule", "linear")
+    assert script.learning_rate_at(35, 110) == pytest.approx(0.775)
+    monkeypatch.setattr(script, "decay_lr", False)
+    assert script.learning_rate_at(110, 110) == 1.0
+
+
+# ---- a whole run ----
+
+def test_a_model_learns_what_can_be_learned(train):
+    result = train("--max_iters=250", "--learning_rate=0.01", "--eval_interval=0", "--n_embd=32")
+    rows = metrics()
+    assert float(rows[0]["val"]) > 3 and float(rows[-1]["val"]) < 1.0, result.out
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--optimizer=adamw_scratch"], ["--optimizer=muon"], ["--layerdrop=0.3"],
+    ["--gradient_accumulation_steps=3", "--label_smoothing=0.1"]])
+def test_three_steps_and_three_more_are_six(train, options):
+    options = ["--dropout=0.3", "--lr_decay_iters=6", "--snapshot_interval=3", *options]
+    train(*options)
+    whole, rows = weights(), metrics()
+    train(*options, "--max_iters=3")
+    result = train(*options, "--init_from=resume")
+    assert result.status == 0 and same(weights(), whole)
+    timed = ("ms", "tok/s", "elapsed", "left")
+    for row in (plain := rows + metrics()):
+        for name in timed:
+            row.pop(name)
+    assert plain[:len(rows)] == plain[len(rows):]
+    assert [row["step"] for row in rows] == list("0123456")
+
+
+@pytest.mark.parametrize("options", [["--eval_interval=1"], ["--eval_interval=0"],
+                                     ["--sample_interval=2"], ["--log_interval=0"],
+                                     ["--eval_iters=0"], ["--snapshot_interval=1"]])
+def test_looking_does_not_change_the_weights(train, options):
+    train("--dropout=0.3")
+    before = weights()
+    train("--dropout=0.3", *options)
+    assert same(weights(), before)
+
+
+def test_another_seed_is_another_run(train):
+    train()
+    before = weights()
+    train("--seed=1")
+    assert not same(weights(), before)
+
+
+def test_best_is_the_lowest_not_the_latest_and_patience_stops(train):
+    train("--learning_rate=0.5", "--grad_clip=0", "--warmup_iters=0", "--decay_lr=False",
+          "--eval_interval=1", "--max_iters=60", "--patience=3", "--n_embd=32")
+    val = {int(row["step"]): float(row["val"]) for row in metrics()[1:]}
+    best = load_checkpoint("out/tiny/best.pt")["progress"]
+    assert best["best_step"] == min(val, key=val.get) < max(val) == best["best_step"] + 3 < 60
+
+
+def test_epochs_are_a_way_to_say_steps(train):
+    result = train("--max_epochs=0.25", "--eval_interval=0")
+    windows = (3999 - 16) // 16
+    assert f" {math.ceil(windows / 4 / 4)} steps" in result.out
+
+
+def test_samples_and_snapshots_are_kept(train):
+    result = train("--sample_interval=3", "--snapshot_interval=4", "--start=From ")
+    text = Path("out/tiny/samples.txt").read_text()
+    assert text.count("\nFrom ") == 2 and "---- step 6" in text and "---- a sample" in result.out
+    assert sorted(p.name for p in Path("out/tiny").iterdir()) == [
+        "best.pt", "last.pt", "metrics.csv", "samples.txt", "step_4.pt"]
+    assert load_checkpoint("out/tiny/step_4.pt")["progress"]["step"] == 4
+
+
+@pytest.mark.parametrize("options", [
+    ["--positions=sinusoidal", "--scale_embedding=True", "--norm=post", "--activation=relu"],
+    ["--tied=False", "--bias=False", "--fused=False", "--n_inner=24"],
+    ["--dtype=bfloat16", "--qkv_bias=False"], ["--dtype=float16"]])
+def test_every_option_trains(train, options):
+    result = train(*options)
+    assert result.status == 0, result.err
+    assert float(metrics()[-1]["val"]) < float(metrics()[0]["val"])
+
+
+def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatch):
+    def broken(*_):
+        def forward(*_):
+            raise RuntimeError("no compiler")
+        return forward
+    monkeypatch.setattr("torch.compile", broken)
+    result = train("--compile=true")
+    assert result.status == 0 and "torch.compile does not work here" in result.out
+
+
+def test_the_first_signal_saves_and_leaves_and_the_run_resumes(verse):
+    command = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not Path("out/tiny/metrics.csv").exists() or len(metrics()) < 4:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143 and "--init_from=resume" in out and "Traceback" not in out
+    assert load_checkpoint("out/tiny/last.pt")["progress"]["step"] == int(metrics()[-1]["step"])
+
+
+# ---- what stops a run before it harms ----
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["--dataset=nope"], 1, ["data/nope: no such dataset", "prepare_shakespeare.py"]),
+    (["--block_size=500"], 1, ["445 tokens are too few for a block_size of 500"]),
+    (["--n_embd=15"], 2, ["n_embd must be a multiple of n_head"]),
+    (["--dropout=1.5"], 2, ["dropout must be"]),
+    (["--batch_size=0"], 2, ["--batch_size must be at least 1"]),
+    (["--max_iters=-1"], 2, ["--max_iters must not be negative"]),
+    (["--optimizer=sgd"], 2, ["--optimizer must be adamw, adamw_scratch or muon, not 'sgd'"]),
+    (["--device=tpu9"], 2, ["device 'tpu9' cannot be used here"]),
+    (["--init_from=gpt9"], 2, ["--init_from must be scratch or resume"]),
+    (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
+    (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),
+])
+def test_a_run_that_cannot_work_says_why(train, arguments, status, words):
+    one_sentence(train(*arguments), status, *words)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda f: (f / "meta.json").write_text("{"), ["data/verse is damaged"]),
+    (lambda f: (f / "meta.json").write_text("[]"), ["data/verse is damaged"]),
+    (lambda f: (f / "train.bin").unlink(), ["data/verse is damaged"]),
+    (lambda f: (f / "train.bin").write_bytes(b"\0" * 100), ["train.bin is not as long"]),
+    (lambda f: (f / "val.bin").write_bytes(b"\xff" * 890), ["val.bin has ids outside"]),
+])
+def test_a_damaged_dataset_is_named(train, harm, words):
+    harm(Path("data/verse"))
+    one_sentence(train(), 1, *words)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda p: p.write_bytes(p.read_bytes()[:1000]), lambda p: p.write_bytes(b""),
+    lambda p: p.write_bytes(b"hello " * 99), lambda p: p.write_bytes(pickle.dumps(Payload())),
+    lambda p: torch.save(Payload(), p), lambda p: torch.save({"weights": torch.ones(3)}, p),
+    lambda p: torch.save([1, 2], p), lambda p: torch.save(
+        {"model": {}, "config": {"n_layer": "x"}, "tokenizer": {"kind": "byte"}}, p)])
+def test_a_file_that_is_no_checkpoint_is_refused_and_never_run(train, run, harm):
+    train()
+    last, best = Path("out/tiny/last.pt"), Path("out/tiny/best.pt")
+    harm(last)
+    before = last.read_bytes()
+    one_sentence(train("--init_from=resume"), 1, "out/tiny/last.pt")
+    one_sentence(run("sample.py", "--out_dir=out/tiny", "--checkpoint=last.pt"), 1, "last.pt")
+    assert not Path("harmed").exists() and last.read_bytes() == before and best.exists()
+
+
+@pytest.mark.parametrize("change, status, words", [
+    (["--n_layer=3"], 2, ["trained with --n_layer=2"]),
+    (["--learning_rate=1", "--seed=5"], 2, ["--seed=1337", "--learning_rate=0.001"]),
+    (["--dataset=other"], 1, ["another tokenizer", "data/other"]),
+    ([], 2, ["has 6 steps already"]),
+])
+def test_a_checkpoint_that_does_not_fit_is_not_resumed(train, run, change, status, words):
+    train()
+    before = Path("out/tiny/last.pt").read_bytes()
+    Path("other.txt").write_text("abc" * 300)
+    run("prepare_shakespeare.py", "--source=other.txt", "--dataset=other")
+    one_sentence(train("--init_from=resume", *change), status, *words)
+    assert Path("out/tiny/last.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_file(train):
+    train("--max_iters=3", "--decay_lr=False")
+    before = Path("out/tiny/last.pt").read_bytes()
+    saved = torch.load("out/tiny/last.pt", weights_only=True)
+    saved["model"]["wte.weight"].fill_(math.nan)
+    torch.save(saved, "out/tiny/last.pt")
+    before = Path("out/tiny/last.pt").read_bytes()
+    one_sentence(train("--init_from=resume", "--decay_lr=False"), 1, "step 3", "--learning_rate")
+    assert Path("out/tiny/last.pt").read_bytes() == before

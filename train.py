@@ -1,0 +1,527 @@
+"""Trains a GPT on a dataset that a prepare script has made.
+
+    python train.py config/shakespeare_cpu.py
+    python train.py config/shakespeare_cpu.py --n_layer=6 --out_dir=out/deeper
+    python train.py config/shakespeare_cpu.py --init_from=resume --max_iters=4000
+
+Writes out/<run>/best.pt, last.pt and metrics.csv; python sample.py then shows what it learned.
+"""
+
+import csv
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from config import configure, stop, stop_on_error
+from model import (GPT, GPTConfig, atomic_write, encode_prompt, load_checkpoint, pick_device,
+                   save_checkpoint, tokenizer_from)
+
+# Run
+out_dir = ""                 # where the run is kept; empty: out/<dataset>
+init_from = "scratch"        # scratch, or resume: go on from out_dir/last.pt
+eval_only = False            # evaluate every split and stop; with resume, of best.pt
+seed = 1337
+# Data
+dataset = "shakespeare_char"  # folder under data/
+batch_size = 64              # sequences per forward pass
+block_size = 256             # longest context, tokens
+gradient_accumulation_steps = 1  # forward and backward passes per step
+# Model
+n_layer = 6
+n_head = 6
+n_embd = 384
+n_inner = 0                  # feed-forward width; 0: 4 * n_embd
+bias = True                  # in Linear and LayerNorm
+qkv_bias = True              # in the query, key and value projection; needs bias
+positions = "learned"        # learned or sinusoidal
+scale_embedding = False      # token embeddings * sqrt(n_embd), made for sinusoidal positions
+activation = "gelu"          # gelu or relu
+norm = "pre"                 # pre or post
+tied = True                  # the output layer shares the token embedding's matrix
+fused = True                 # fused kernels; False: attention, LayerNorm, GELU as their formulas
+# Regularization
+dropout = 0.2
+label_smoothing = 0.0        # in the training loss, never in evaluation
+layerdrop = 0.0              # chance to skip a block in training
+# Optimizer
+optimizer = "adamw"          # adamw, adamw_scratch (written out below) or muon
+learning_rate = 1e-3
+weight_decay = 0.1           # on matrices only
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0              # largest gradient norm; 0: any
+# Schedule
+max_iters = 5000             # steps
+max_epochs = 0.0             # passes over the training tokens; > 0 replaces max_iters
+warmup_iters = 100           # steps of linear warm-up
+decay_lr = True              # False: learning_rate stays as it is after the warm-up
+lr_schedule = "cosine"       # shape of the decay: cosine or linear
+lr_decay_iters = 0           # step at which min_lr is reached; 0: the last
+min_lr = 1e-4
+patience = 0                 # stop after this many evaluations without a better val loss; 0: never
+# Evaluation, logging, snapshots
+eval_interval = 250          # steps; 0: only at the end
+eval_iters = 0               # batches per split; 0: all of val and as many windows of train
+log_interval = 10            # steps; 0: only with an evaluation
+sample_interval = 0          # steps between samples of the model's text; 0: none
+start = "\n"                 # what those samples continue
+snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
+# Machine
+device = "auto"              # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"               # auto, float32, bfloat16 or float16 (CUDA only)
+compile = "auto"             # auto (on CUDA), true or false: torch.compile
+settings = configure(globals())
+
+# A resumed run may change these; with any other it would be another run.
+FREE_ON_RESUME = {
+    "out_dir", "init_from", "eval_only", "max_iters", "max_epochs", "patience", "eval_interval",
+    "eval_iters", "log_interval", "sample_interval", "start", "snapshot_interval", "device",
+    "dtype", "compile"}
+
+
+def main():
+    check_settings()
+    with stop_on_error(2):
+        target = pick_device(device)
+    amp = pick_dtype(target)
+    autocast = torch.autocast(target.type, amp, enabled=amp != torch.float32)
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+
+    meta, tokenizer, data = load_dataset(Path("data") / dataset)
+    shape = {field.name for field in fields(GPTConfig)} & settings.keys()
+    with stop_on_error(2):
+        config = GPTConfig(vocab_size=tokenizer.vocab_size, **{n: settings[n] for n in shape})
+        prompt = encode_prompt(tokenizer, start) if sample_interval else None
+
+    # With the weights and the optimizers' state this is all that a resumed run needs to be the
+    # same run: batches and random numbers follow from the step.
+    progress = {"step": 0, "seconds": 0.0, "best_step": 0, "best_loss": math.inf, "stale": 0}
+    run_dir = Path(out_dir or f"out/{dataset}")
+    if init_from == "resume":
+        saved = load_run(run_dir / ("best.pt" if eval_only else "last.pt"), tokenizer, target)
+        raw, progress = saved["model"].train(), saved["progress"]
+    else:
+        torch.manual_seed(random_seed("weights"))
+        raw = GPT(config).to(target)
+    print(f"model: {raw.num_params():,} parameters, vocabulary of {config.vocab_size:,}, "
+          f"{raw.flops_per_token() / 1e6:,.1f} MFLOPs to train on a token")
+    if eval_only:
+        return print_report(autocast(raw.eval().forward), data, meta["splits"], target)
+
+    optimizers = make_optimizers(raw)
+    scaler = torch.amp.GradScaler(target.type, enabled=amp == torch.float16)
+    if init_from == "resume":
+        for one, state in zip(optimizers, saved.pop("optimizers")):
+            one.load_state_dict(state)
+        if saved["scaler"]:  # empty unless it was a float16 run
+            scaler.load_state_dict(saved["scaler"])
+    model = autocast(compiled(raw, autocast, batch(data["train"], 0, 0, target)))
+
+    rows = batch_size * gradient_accumulation_steps
+    steps_per_epoch = windows_per_epoch(len(data["train"])) / rows
+    steps = math.ceil(max_epochs * steps_per_epoch) if max_epochs else max_iters
+    print(f"{optimizer} on {target} in {str(amp)[6:]}: {steps:,} steps of {rows * block_size:,} "
+          f"tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}")
+    first = progress["step"]
+    if first and first >= steps:
+        stop(f"{run_dir}/last.pt has {first} steps already, give a larger --max_iters", 2)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    metrics = open_metrics(run_dir / "metrics.csv", first)
+    signals = catch_signals()
+    began = time.time() - progress["seconds"]  # as if the run had never been interrupted
+    if first == 0:
+        log(metrics, {"step": 0, **losses(raw, model, data, target)})
+
+    for step in range(first, steps):
+        step_began = time.time()
+        lr = learning_rate_at(step, steps)
+        loss = torch.zeros((), device=target)
+        for micro in range(gradient_accumulation_steps):
+            x, y = batch(data["train"], step, micro, target)
+            torch.manual_seed(random_seed("dropout", step, micro))
+            part = model(x, y)[1] / gradient_accumulation_steps
+            scaler.scale(part).backward()
+            loss += part.detach()
+        for one in optimizers:
+            scaler.unscale_(one)
+        norm = nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
+        loss = loss.item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            stop(f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}, try a "
+                 f"lower --learning_rate or --dtype=float32 (files in {run_dir} are as they were)")
+        for one in optimizers:
+            for group in one.param_groups:
+                group["lr"] = lr
+            scaler.step(one)
+            one.zero_grad()
+        scaler.update()
+
+        done, now = step + 1, time.time()
+        row = {"step": done, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * (now - step_began),
+               "tok/s": rows * block_size / (now - step_began), "elapsed": now - began,
+               "left": (now - began) * (steps / done - 1)}
+        names = []  # of the checkpoints due
+        if every(eval_interval, done) or done == steps:
+            row |= losses(raw, model, data, target)
+            progress["stale"] += 1
+            if row["val"] < progress["best_loss"]:
+                progress |= {"best_loss": row["val"], "best_step": done, "stale": 0}
+                names.append("best.pt")
+        if every(log_interval, done) or "val" in row:
+            log(metrics, row)
+        if every(sample_interval, done):
+            write_sample(raw, tokenizer, prompt.to(target), done, run_dir / "samples.txt")
+        if every(snapshot_interval, done):
+            names.append(f"step_{done}.pt")
+        leaving = done == steps or signals or 0 < patience <= progress["stale"]
+        if names or leaving or "val" in row:
+            progress |= {"step": done, "seconds": time.time() - began}
+            save_run(run_dir, ["last.pt", *names], raw, tokenizer, progress, optimizers, scaler)
+        if leaving:
+            break
+
+    print_summary(progress, rows, meta["splits"]["val"], run_dir, target)
+    if signals:
+        print("to go on, give the same command with --init_from=resume")
+        sys.exit(128 + signals[0])
+
+
+# ---- settings ----
+
+def check_settings():
+    """Stops at the first value that cannot work, before anything is loaded or written."""
+    for name, choices in {"init_from": ("scratch", "resume"), "lr_schedule": ("cosine", "linear"),
+                          "optimizer": ("adamw", "adamw_scratch", "muon"),
+                          "dtype": ("auto", "float32", "bfloat16", "float16"),
+                          "compile": ("auto", "true", "false")}.items():
+        value = settings[name].lower() if name == "compile" else settings[name]
+        if value not in choices:
+            stop(f"--{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}", 2)
+    for name in ("batch_size", "block_size", "gradient_accumulation_steps"):
+        if settings[name] < 1:
+            stop(f"--{name} must be at least 1, not {settings[name]}", 2)
+    for name, value in settings.items():
+        if not isinstance(value, str) and value < 0:
+            stop(f"--{name} must not be negative, not {value}", 2)
+    if beta1 >= 1 or beta2 >= 1:
+        stop("--beta1 and --beta2 must be below 1", 2)
+
+
+def pick_dtype(target):
+    """What matrices are multiplied in. auto: bfloat16 on GPUs (float16 before Ampere) and, for
+    models wide enough to gain, on CPUs that multiply it in hardware; else float32."""
+    if dtype == "float16" and target.type != "cuda":
+        print(f"float16 needs a CUDA GPU, on {target} dtype is chosen as auto")
+    elif dtype != "auto":
+        return getattr(torch, dtype)
+    if target.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if target.type == "cpu" and (n_embd < 128 or not torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32
+    return torch.bfloat16
+
+
+def compiled(raw, autocast, example):
+    """raw's forward, through torch.compile where wanted and possible."""
+    if not {"auto": raw.wte.weight.is_cuda, "true": True, "false": False}[compile.lower()]:
+        return raw.forward
+    forward = torch.compile(raw.forward)
+    try:
+        autocast(forward)(*example)[1].backward()
+    except RuntimeError as error:  # what torch.compile's errors have in common
+        print(f"torch.compile does not work here ({type(error).__name__}), going on without it")
+        return raw.forward
+    finally:
+        raw.zero_grad()
+    return forward
+
+
+def catch_signals():
+    """A list that the first SIGINT or SIGTERM lands in, to stop after the step; the next kills."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, receive)
+    return received
+
+
+def every(interval, step):
+    return interval > 0 and step % interval == 0
+
+
+# ---- data ----
+
+def load_dataset(folder):
+    """(meta.json, tokenizer, {split: memory-mapped token ids}) of what a prepare script wrote."""
+    kind = folder.name.removeprefix("shakespeare_")
+    remedy = "make it with python prepare_shakespeare.py " + (
+        f"--tokenizer={kind}" if kind in ("char", "byte", "gpt2") else
+        f"--source=FILE --dataset={folder.name}")
+    if not (folder / "meta.json").is_file():
+        stop(f"{folder}: no such dataset, {remedy}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        spec = meta["tokenizer"]
+        data = {split: np.memmap(folder / f"{split}.bin", np.dtype(meta["dtype"]), "r")
+                for split in meta["splits"]}
+        for split, tokens in data.items():
+            if len(tokens) != meta["splits"][split]["tokens"]:
+                raise ValueError(f"{split}.bin is not as long as meta.json says")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        stop(f"{folder} is damaged ({error}), delete it and {remedy}")
+    with stop_on_error():
+        tokenizer = tokenizer_from(spec)
+    if not {"train", "val"} <= data.keys():
+        stop(f"{folder} has no val split, prepare it with a --val_fraction above 0")
+    for split, tokens in data.items():
+        if len(tokens) <= block_size:
+            stop(f"{folder}/{split}.bin: {len(tokens):,} tokens are too few for a block_size of "
+                 f"{block_size}, use a longer text or a smaller --block_size")
+        if tokens.max() >= tokenizer.vocab_size:
+            stop(f"{folder}/{split}.bin has ids outside its vocabulary, delete it and {remedy}")
+        print(f"{split}: {len(tokens):,} tokens, "
+              f"{meta['splits'][split]['characters']:,} characters")
+    return meta, tokenizer, data
+
+
+def random_seed(purpose, *indices):
+    """64 random bits that follow from (seed, purpose, indices) alone, never from history."""
+    sequence = np.random.SeedSequence([seed, *purpose.encode(), *indices])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def windows_per_epoch(n_tokens):
+    """How many windows of block_size tokens and the one after fit, wherever the first begins."""
+    return (n_tokens - phases(n_tokens)) // block_size
+
+
+def phases(n_tokens):
+    """In how many places the first window of an epoch may begin."""
+    return min(block_size, n_tokens - block_size)
+
+
+@lru_cache(maxsize=2)  # a batch may hold the end of one epoch and the start of the next
+def epoch_starts(n_tokens, epoch):
+    """Where the windows of an epoch begin, shuffled: side by side from a random first one, so that
+    each token is a target once, but for fewer than two windows at the two ends."""
+    generator = np.random.default_rng(random_seed("epoch", epoch))
+    phase = generator.integers(phases(n_tokens))
+    return phase + block_size * generator.permutation(windows_per_epoch(n_tokens))
+
+
+def batch(tokens, step, micro, target="cpu"):
+    """Inputs x and targets y, (B, T) each: rows of the endless sequence of epochs that follow from
+    (seed, step, micro) alone. Rank r of N takes the micro-steps r, r + N, ... of each step."""
+    n = windows_per_epoch(len(tokens))
+    row = (step * gradient_accumulation_steps + micro) * batch_size
+    starts = [epoch_starts(len(tokens), r // n)[r % n] for r in range(row, row + batch_size)]
+    ids = np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64)
+    ids = torch.from_numpy(ids).to(target)
+    return ids[:, :-1], ids[:, 1:]
+
+
+# ---- optimizers and schedule ----
+
+def make_optimizers(model):
+    """Decay on matrices (embeddings too), none on biases and gains. Muon takes the hidden matrices
+    (Jordan et al. 2024), its updates scaled to AdamW's size: one learning_rate serves both."""
+    adamw = AdamW if optimizer == "adamw_scratch" else partial(torch.optim.AdamW, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in model.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
+    taken = set(hidden)
+    groups = [{"params": [p for p in trained if p.dim() >= 2 and p not in taken],
+               "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers = [adamw(groups, lr=learning_rate, betas=(beta1, beta2))]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), written out."""
+
+    def __init__(self, params, lr, betas, eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                state["t"] += 1
+                t, m, v = state["t"], state["m"], state["v"]
+                m.copy_(beta1 * m + (1 - beta1) * p.grad)       # mean of the gradient
+                v.copy_(beta2 * v + (1 - beta2) * p.grad ** 2)  # mean of its square
+                m_hat = m / (1 - beta1 ** t)                    # both started at zero: unbias
+                v_hat = v / (1 - beta2 ** t)
+                p *= 1 - group["lr"] * group["weight_decay"]    # beside the gradient, not in it
+                p -= group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])
+
+
+def learning_rate_at(step, steps):
+    """Linear warm-up to learning_rate, then a cosine or a line down to min_lr."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    progress = min(1.0, (step - warmup_iters) / max(1, (lr_decay_iters or steps) - warmup_iters))
+    left = 1 - progress if lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr + left * (learning_rate - min_lr)
+
+
+# ---- evaluation ----
+
+@torch.no_grad()
+def evaluate(model, tokens, target="cpu", max_batches=0):
+    """{"loss": mean nats per token, "accuracy": of the likeliest next token} of a whole split, each
+    token predicted once, in windows side by side; max_batches > 0 takes as many, evenly spread."""
+    windows = math.ceil((len(tokens) - 1) / block_size)
+    count = min(windows, max_batches * batch_size or windows)
+    chosen = np.linspace(0, windows - 1, count).round().astype(int)
+    loss = correct = counted = 0
+    for some in np.split(chosen, range(batch_size, count, batch_size)):
+        at = some[:, None] * block_size + np.arange(block_size + 1)     # (B, T + 1)
+        ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
+        ids[at >= len(tokens)] = -1                                     # beyond the end: no target
+        ids = torch.from_numpy(ids).to(target)
+        x, y = ids[:, :-1].clamp(min=0), ids[:, 1:]
+        logits, mean = model(x, y)
+        n = (y >= 0).sum().item()
+        loss += mean.item() * n
+        correct += (logits.argmax(dim=-1) == y).sum().item()
+        counted += n
+    return {"loss": loss / counted, "accuracy": correct / counted}
+
+
+def losses(raw, model, data, target):
+    """{"train", "val"} losses in nats per token, exact on val, on as many windows of train."""
+    cap = eval_iters or math.ceil(len(data["val"]) / block_size / batch_size)
+    raw.eval()
+    found = {"train": evaluate(model, data["train"], target, cap)["loss"],
+             "val": evaluate(model, data["val"], target, eval_iters)["loss"]}
+    raw.train()
+    return found
+
+
+def bits_per_character(loss, counts):
+    """What compares across tokenizers: nats per token -> bits per character of the split."""
+    return loss * counts["tokens"] / counts["characters"] / math.log(2)
+
+
+def print_report(model, data, splits, target):
+    """The table of eval_only: every split, whole unless eval_iters caps it."""
+    print("  split        tokens     loss  perplexity  bits/char  accuracy")
+    for split, tokens in data.items():
+        found = evaluate(model, tokens, target, eval_iters)
+        bits = bits_per_character(found["loss"], splits[split])
+        print(f"{split:>7}{len(tokens):>14,}{found['loss']:>9.4f}{math.exp(found['loss']):>12.3f}"
+              f"{bits:>11.4f}{found['accuracy']:>10.2%}")
+
+
+# ---- what a run writes ----
+
+COLUMNS = {  # name: (width, format)
+    "step": (8, ",d"), "loss": (9, ".4f"), "train": (9, ".4f"), "val": (9, ".4f"),
+    "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"), "tok/s": (11, ",.0f"),
+    "elapsed": (9, ",.0f"), "left": (9, ",.0f")}  # the last two in seconds
+
+
+def open_metrics(path, step):
+    """A csv writer of COLUMNS that goes on behind the rows up to step; prints their names."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if step and path.exists() else []
+    kept = [",".join(COLUMNS)] + [line for line in lines if int(line.split(",")[0]) <= step]
+    with atomic_write(path) as file:
+        file.write("\n".join([*kept, ""]).encode())
+    print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
+    file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # a line at a time
+    return csv.DictWriter(file, COLUMNS, lineterminator="\n")
+
+
+def log(metrics, row):
+    """One line on the terminal and in metrics.csv; what a row lacks stays blank."""
+    print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
+                  for name, (width, form) in COLUMNS.items()), flush=True)
+    metrics.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                      for name, value in row.items()})
+
+
+def write_sample(raw, tokenizer, ids, step, path, length=200):
+    """Prints how the model goes on from ids (1, T), and appends it to path."""
+    generator = torch.Generator(ids.device).manual_seed(random_seed("sample", step))
+    text = tokenizer.decode(raw.generate(ids, length, generator=generator)[0].tolist())
+    with open(path, "a", encoding="utf-8") as file:
+        print(f"---- step {step} ----\n{text}", file=file)
+    print(f"---- a sample at step {step} ----\n{text}\n----")
+
+
+def save_run(run_dir, names, raw, tokenizer, progress, optimizers, scaler):
+    """Writes all that resuming needs, once under each name."""
+    for name in names:
+        save_checkpoint(run_dir / name, raw, tokenizer, settings=settings, progress=progress,
+                        optimizers=[one.state_dict() for one in optimizers],
+                        scaler=scaler.state_dict())
+
+
+def load_run(path, tokenizer, target):
+    """The checkpoint at path, if its settings and tokenizer are this run's."""
+    with stop_on_error():
+        saved = load_checkpoint(path, target)
+    if not {"settings", "progress", "optimizers", "scaler"} <= saved.keys():
+        stop(f"{path} holds a model but not the state of its training, train from scratch")
+    if saved["tokenizer"].spec != tokenizer.spec:
+        stop(f"{path} was trained with another tokenizer than that of data/{dataset}, "
+             f"give the dataset it was trained on")
+    changed = [f"--{name}={value}" for name, value in saved["settings"].items()
+               if name not in FREE_ON_RESUME and settings.get(name) != value]
+    if changed:
+        stop(f"{path} was trained with {' '.join(changed)}, resume it with the same "
+             f"or train anew in another --out_dir", 2)
+    return saved
+
+
+def print_summary(progress, rows, counts, run_dir, target):
+    done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
+    if progress["best_step"]:
+        print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
+              f"{math.exp(loss):.3f}, {bits_per_character(loss, counts):.4f} bits per character, "
+              f"in {run_dir}/best.pt")
+    print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: "
+          f"{done * rows * block_size / max(seconds, 1e-9):,.0f} tokens/s, "
+          f"peak memory {peak_memory(target) / 1e6:,.0f} MB")
+
+
+def peak_memory(target):
+    """Bytes: of the GPU where one is used, else of the whole process."""
+    if target.type == "cuda":
+        return torch.cuda.max_memory_allocated(target)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()
