@@ -80,7 +80,7 @@ def attention(q, k, v, dropout=0.0):
 def fused_attention(q, k, v, dropout=0.0):
     """The same in one kernel that never holds (T, T) weights (FlashAttention, Dao et al. 2022)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 256:
-        return attention(q, k, v, dropout)  # the kernel's backward is 1.6 to 5 times slower there
+        return attention(q, k, v, dropout)  # up to 4 times as fast there, backward included
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
@@ -315,10 +315,11 @@ def pick_device(name):
         found = torch.accelerator.current_accelerator(check_available=True)
         return torch.device(found.type if found and found.type in ("cuda", "mps") else "cpu")
     try:
-        torch.empty(0, device=name)
+        if torch.device(name).type in ("cpu", "cuda", "mps"):
+            return torch.empty(0, device=name).device
+        raise RuntimeError
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here, try auto or cpu") from error
-    return torch.device(name)
 
 
 # ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (plain JSON) ----

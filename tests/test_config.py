@@ -1,6 +1,7 @@
 """Settings: what wins, what type it keeps, and what a mistake is told."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,15 @@ def test_an_imported_script_keeps_its_defaults_and_does_nothing(monkeypatch):
     Path("script.py").write_text(SCRIPT)
     names = runpy.run_path(str(Path("script.py").absolute()), run_name="script")
     assert names["width"] == 64 and names["settings"]["rate"] == 1e-3
+
+
+def test_an_interrupt_leaves_without_a_traceback_and_a_bug_with_one(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    script()
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("a bug"), None)
+    assert "a bug" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in REPO.glob("*.py")

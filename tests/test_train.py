@@ -192,7 +192,8 @@ def test_a_model_learns_what_can_be_learned(train):
 
 
 @pytest.mark.parametrize("options", [
-    [], ["--optimizer=adamw_scratch"], ["--optimizer=muon"], ["--layerdrop=0.3"],
+    [], ["--optimizer=adamw_scratch"], ["--optimizer=muon", "--dtype=bfloat16"],
+    ["--layerdrop=0.3"],
     ["--gradient_accumulation_steps=3", "--label_smoothing=0.1"]])
 def test_three_steps_and_three_more_are_six(train, options):
     options = ["--dropout=0.3", "--lr_decay_iters=6", "--snapshot_interval=3", *options]
