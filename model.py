@@ -415,8 +415,10 @@ def read_text(path):
                          f"as iconv does") from None
 
 
-def encode_prompt(tokenizer, text):
-    """(1, T) ids to go on from; an empty text begins at end-of-text, where there is one."""
+def encode_prompt(tokenizer, start):
+    """(1, T) ids to go on from: of start, or of the file that FILE:path names. An empty text begins
+    at end-of-text, where the tokenizer has one. Raises OSError or ValueError."""
+    text = read_text(start[5:]) if start.startswith("FILE:") else start
     ids = tokenizer.encode(text).tolist() or ([] if tokenizer.eot is None else [tokenizer.eot])
     if not ids:
         raise ValueError("--start is empty, give at least one character to go on from")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from config import configure, stop, stop_on_error
-from model import encode_prompt, load_checkpoint, pick_device, read_text
+from model import encode_prompt, load_checkpoint, pick_device
 
 # Model
 out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
@@ -37,10 +37,9 @@ def main():
     path = Path(out_dir or newest_run()) / checkpoint
     with stop_on_error():
         saved = load_checkpoint(path, target)
-        text = read_text(start[5:]) if start.startswith("FILE:") else start
     model, tokenizer = saved["model"], saved["tokenizer"]
     with stop_on_error(2):
-        idx = encode_prompt(tokenizer, text).to(target)
+        idx = encode_prompt(tokenizer, start).to(target)
     print(f"{path}:", file=sys.stderr)
 
     generator = torch.Generator(target).manual_seed(seed)

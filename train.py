@@ -73,7 +73,7 @@ eval_interval = 250          # steps; 0: only at the end
 eval_iters = 0               # batches per split; 0: all of val and as many windows of train
 log_interval = 10            # steps; 0: only with an evaluation
 sample_interval = 0          # steps between samples of the model's text; 0: none
-start = "\n"                 # what those samples continue
+start = "\n"                 # what those samples continue; FILE:prompt.txt reads a file
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
 # Machine
 device = "auto"              # auto, cpu, cuda, cuda:1, mps
@@ -224,6 +224,8 @@ def pick_dtype(target):
         return getattr(torch, dtype)
     if target.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    # On two AMX cores a step of 4 x 64 took 10.3 ms in float32 and 12.0 in bfloat16, of 4 x 128
+    # 32.3 and 24.0, of 6 x 384 627 and 262 (tests/benchmark.py dtype).
     if target.type == "cpu" and (n_embd < 128 or not torch.cpu._is_avx512_bf16_supported()):
         return torch.float32
     return torch.bfloat16

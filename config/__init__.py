@@ -132,7 +132,7 @@ def _require_known(name, known, prefix, whose):
 
 
 def _suggest(name, candidates):
-    close = difflib.get_close_matches(name, candidates, n=1)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
     return f"did you mean {close[0]}?" if close else ""
 
 

@@ -54,8 +54,8 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
 @pytest.mark.parametrize("arguments, status, words", [
     (["--start=é"], 2, ["'é' (U+00E9, character 1 of the text)", "--tokenizer=byte"]),
     (["--start="], 2, ["--start is empty"]),
-    (["--start=FILE:nope.txt"], 1, ["nope.txt: no such file"]),
-    (["--start=FILE:latin.txt"], 1, ["latin.txt is not UTF-8 at byte 0"]),
+    (["--start=FILE:nope.txt"], 2, ["nope.txt: no such file"]),
+    (["--start=FILE:latin.txt"], 2, ["latin.txt is not UTF-8 at byte 0"]),
     (["--temperature=-1"], 2, ["--temperature must not be negative"]),
     (["--num_samples=0"], 2, ["--num_samples must be at least 1"]),
     (["--out_dir=out/nope"], 1, ["out/nope/best.pt: no such checkpoint"]),
