@@ -141,7 +141,7 @@ def main():
         log(metrics, {"step": 0, **losses(raw, model, data, target)})
 
     for step in range(first, steps):
-        step_began = time.time()
+        done, step_began = step + 1, time.time()
         lr = learning_rate_at(step, steps)
         loss = torch.zeros((), device=target)
         for micro in range(gradient_accumulation_steps):
@@ -154,9 +154,8 @@ def main():
             scaler.unscale_(one)
         norm = nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
         loss = loss.item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            stop(f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}, try a "
-                 f"lower --learning_rate or --dtype=float32 (files in {run_dir} are as they were)")
+        # A float16 step whose gradient overflows is skipped by the scaler, which then scales less.
+        require_finite(done, loss=loss, gradient=0.0 if scaler.is_enabled() else norm)
         for one in optimizers:
             for group in one.param_groups:
                 group["lr"] = lr
@@ -164,7 +163,7 @@ def main():
             one.zero_grad()
         scaler.update()
 
-        done, now = step + 1, time.time()
+        now = time.time()
         row = {"step": done, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * (now - step_began),
                "tok/s": rows * block_size / (now - step_began), "elapsed": now - began,
                "left": (now - began) * (steps / done - 1)}
@@ -183,6 +182,8 @@ def main():
             names.append(f"step_{done}.pt")
         leaving = done == steps or signals or 0 < patience <= progress["stale"]
         if names or leaving or "val" in row:
+            require_finite(done, val=row.get("val", 0.0),
+                           weights=nn.utils.get_total_norm(raw.parameters()).item())
             progress |= {"step": done, "seconds": time.time() - began}
             save_run(run_dir, ["last.pt", *names], raw, tokenizer, progress, stateful)
         if leaving:
@@ -258,6 +259,14 @@ def catch_signals():
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, receive)
     return received
+
+
+def require_finite(step, **values):
+    """Stops a run whose numbers overflow, before they can replace a good checkpoint."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            stop(f"step {step}: {name} is {value}, try a lower --learning_rate or --dtype=float32; "
+                 f"the checkpoints of the run are as they were")
 
 
 def every(interval, step):
@@ -503,6 +512,8 @@ def load_run(path, tokenizer, target):
 
 def print_summary(progress, rows, counts, run_dir, target):
     done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
+    if 0 < patience <= progress["stale"]:
+        print(f"stopped early, after {progress['stale']} evaluations without a better val loss")
     if progress["best_step"]:
         print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
               f"{math.exp(loss):.3f}, {bits_per_character(loss, counts):.4f} bits per character, "

@@ -353,10 +353,16 @@ def test_a_checkpoint_that_does_not_fit_is_not_resumed(train, run, change, statu
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_file(train):
     train("--max_iters=3", "--decay_lr=False")
-    before = Path("out/tiny/last.pt").read_bytes()
     saved = torch.load("out/tiny/last.pt", weights_only=True)
     saved["model"]["wte.weight"].fill_(math.nan)
     torch.save(saved, "out/tiny/last.pt")
     before = Path("out/tiny/last.pt").read_bytes()
-    one_sentence(train("--init_from=resume", "--decay_lr=False"), 1, "step 3", "--learning_rate")
+    one_sentence(train("--init_from=resume", "--decay_lr=False"), 1, "step 4: loss is nan",
+                 "--learning_rate")
     assert Path("out/tiny/last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [["--eval_interval=1"], ["--snapshot_interval=1"]])
+def test_weights_that_overflow_are_not_saved(train, options):
+    one_sentence(train("--learning_rate=1e38", "--warmup_iters=0", *options), 1, "step 1: ")
+    assert not list(Path("out/tiny").glob("*.pt"))
