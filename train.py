@@ -225,8 +225,8 @@ def pick_dtype(target):
         return getattr(torch, dtype)
     if target.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    # On two AMX cores a step of 4 x 64 took 10.3 ms in float32 and 12.0 in bfloat16, of 4 x 128
-    # 32.3 and 24.0, of 6 x 384 627 and 262 (tests/benchmark.py dtype).
+    # On two AMX cores a step of 4 x 64 took 9 ms in float32 and 11 in bfloat16, of 4 x 128 28 and
+    # 22, of 6 x 384 618 and 247 (tests/benchmark.py dtype).
     if target.type == "cpu" and (n_embd < 128 or not torch.cpu._is_avx512_bf16_supported()):
         return torch.float32
     return torch.bfloat16

@@ -1,7 +1,7 @@
 """Measures, side by side in one run, what the comments in the code claim about speed.
 
     python tests/benchmark.py dtype        a training step in float32 and in bfloat16
-    python tests/benchmark.py attention    the written-out attention against torch's kernel
+    python tests/benchmark.py attention    the same in bfloat16, with either attention
     python tests/benchmark.py encode       character encoding against a list comprehension
 
 Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
@@ -33,33 +33,38 @@ def race(label, candidates, rounds=15):
                                   for name, ms in medians.items()), flush=True)
 
 
+def step(model, rows, dtype, attend=None):
+    """A training step without an optimizer, on random tokens; attend replaces the attention."""
+    for block in model.h:
+        block.attn.attend = attend or block.attn.attend
+    x, y = torch.randint(model.config.vocab_size, (2, rows, model.config.block_size))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(x, y)[1]
+    loss.backward()
+    model.zero_grad()
+
+
 def dtype():
     for layers, heads, width, context, rows in ((4, 4, 64, 32, 16), (4, 4, 128, 64, 12),
                                                 (4, 4, 128, 64, 48), (4, 4, 256, 64, 24),
                                                 (2, 8, 256, 128, 32), (6, 6, 384, 256, 8)):
         model = GPT(GPTConfig(context, 65, layers, heads, width))
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        x, y = torch.randint(65, (2, rows, context))
-
-        def step(dtype):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = model(x, y)[1]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
         race(f"{layers} x {width}, {rows} rows of {context}", {
-            "float32": lambda: step(torch.float32), "bfloat16": lambda: step(torch.bfloat16)})
+            "float32": lambda: step(model, rows, torch.float32),
+            "bfloat16": lambda: step(model, rows, torch.bfloat16)})
 
 
 def attention_kernels():
-    for B, H, T, D in ((24, 4, 64, 32), (32, 8, 128, 32), (16, 6, 256, 64), (4, 6, 512, 64),
-                       (1, 12, 1024, 64)):
-        q, k, v = torch.randn(3, B, H, T, D).bfloat16().requires_grad_().unbind()
-        race(f"bfloat16 {B} x {H} x {T} x {D}", {
-            "kernel": lambda: F.scaled_dot_product_attention(
-                q, k, v, is_causal=True).sum().backward(),
-            "written out": lambda: attention(q, k, v).sum().backward()})
+    def kernel(q, k, v, dropout):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+    for layers, heads, width, context, rows in ((4, 4, 128, 64, 24), (2, 8, 256, 128, 32),
+                                                (6, 6, 384, 256, 8), (4, 4, 256, 512, 4),
+                                                (2, 12, 768, 1024, 1)):
+        model = GPT(GPTConfig(context, 65, layers, heads, width))
+        race(f"{layers} x {width}, {rows} rows of {context}", {
+            "kernel": lambda: step(model, rows, torch.bfloat16, kernel),
+            "written out": lambda: step(model, rows, torch.bfloat16, attention)})
 
 
 def encode():
