@@ -78,7 +78,7 @@ def attention(q, k, v, dropout=0.0):
 
 
 def fused_attention(q, k, v, dropout=0.0):
-    """The same in one kernel that never holds (T, T) weights (FlashAttention, Dao et al. 2022)."""
+    """The same where T = S, in one kernel that never holds (T, T) weights (Dao et al. 2022)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 256:
         return attention(q, k, v, dropout)  # a step takes 0.6 to 0.95 of the time there
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)

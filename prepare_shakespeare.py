@@ -62,18 +62,16 @@ def main():
     if not text:
         stop(f"{path} is empty, give it some text")
     # One cut for each split, as nanoGPT makes them: train is text[:int(0.9 * len(text))].
-    cuts = [0, int(len(text) * (1 - val_fraction - test_fraction)),
-            int(len(text) * (1 - test_fraction)), len(text)]
-    splits = {name: text[a:b] for name, a, b in zip(("train", "val", "test"), cuts, cuts[1:])}
-    wanted = {"train": True, "val": val_fraction > 0, "test": test_fraction > 0}
-    for name in splits:
-        if wanted[name] and not splits[name]:
+    shares = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
+    cuts = [0, int(len(text) * shares["train"]), int(len(text) * (1 - test_fraction)), len(text)]
+    splits = {name: text[a:b] for name, a, b in zip(shares, cuts, cuts[1:]) if shares[name]}
+    for name, part in splits.items():
+        if not part:
             stop(f"{path}: {len(text)} characters are too few for a {name} split")
     with stop_on_error():
         made = (CharTokenizer("".join(sorted(set(text)))) if tokenizer == "char"
                 else tokenizer_from({"kind": tokenizer}))
-        write_dataset(folder, {name: [splits[name]] for name in splits if wanted[name]},
-                      made, made_by)
+        write_dataset(folder, {name: [part] for name, part in splits.items()}, made, made_by)
     print(f"next: python train.py config/shakespeare_cpu.py --dataset={folder.name}")
 
 

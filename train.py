@@ -185,7 +185,8 @@ def main():
             require_finite(done, val=row.get("val", 0.0),
                            weights=nn.utils.get_total_norm(raw.parameters()).item())
             progress |= {"step": done, "seconds": time.time() - began}
-            save_run(run_dir, ["last.pt", *names], raw, tokenizer, progress, stateful)
+            names.append("last.pt")  # last: killed in between, a resumed run writes the others anew
+            save_run(run_dir, names, raw, tokenizer, progress, stateful)
         if leaving:
             break
 
@@ -195,7 +196,7 @@ def main():
         sys.exit(128 + signals[0])
 
 
-# ---- settings ----
+# ---- settings, machine, interruptions ----
 
 def check_settings():
     """Stops at the first value that cannot work, before anything is loaded or written."""

@@ -81,26 +81,30 @@ def configure(namespace):
     script = Path(namespace["__file__"])
     own = declared_settings(script)
     values = {name: setting.value for name, setting in own.items()}
-    if namespace["__name__"] == "__main__":
-        sys.excepthook = _report
-        scripts = {path: declared_settings(path) for path in script.parent.glob("*.py")}
-        known = {name: s for settings in scripts.values() for name, s in settings.items()} | own
-        for argument in sys.argv[1:]:
-            if argument.startswith("--") and "=" in argument:
-                name, _, text = argument[2:].partition("=")
-                _require_known(name, own, "--", f"of {script.name}")
-                values[name] = _typed(f"--{name}", text, own[name].value, parse=True)
-            elif not argument.startswith("-"):
-                for name, value in _run_config(argument, script.parent).items():
-                    _require_known(name, known, f"{argument}: ", "of any script")
-                    value = _typed(f"{argument}: {name}", value, known[name].value)
-                    values.update({name: value} if name in own else {})
-            elif argument not in ("--help", "-h"):
-                stop(f"{argument} is not understood, settings are written --name=value", 2)
-        if {"--help", "-h"} & set(sys.argv):
-            print(_help(namespace["__doc__"], own, values))
-            sys.exit()
-        namespace.update(values)
+    if namespace["__name__"] != "__main__":
+        return values
+    sys.excepthook = _report
+    known = {}  # to any script: a config file may name them all
+    for path in script.parent.glob("*.py"):
+        known |= declared_settings(path)
+    known |= own
+    for argument in sys.argv[1:]:
+        if argument.startswith("--") and "=" in argument:
+            name, _, text = argument[2:].partition("=")
+            _require_known(name, own, "--", f"of {script.name}")
+            values[name] = _typed(f"--{name}", text, own[name].value, parse=True)
+        elif not argument.startswith("-"):
+            for name, value in _run_config(argument, script.parent).items():
+                _require_known(name, known, f"{argument}: ", "of any script")
+                value = _typed(f"{argument}: {name}", value, known[name].value)
+                if name in own:
+                    values[name] = value
+        elif argument not in ("--help", "-h"):
+            stop(f"{argument} is not understood, settings are written --name=value", 2)
+    if {"--help", "-h"} & set(sys.argv):
+        print(_help(namespace["__doc__"], own, values))
+        sys.exit()
+    namespace.update(values)
     return values
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, one_sentence
 
+import model
 import train as script
 from model import GPT, GPTConfig, load_checkpoint
 
@@ -210,6 +211,25 @@ def test_three_steps_and_three_more_are_six(train, options):
             row.pop(name)
     assert plain[:len(rows)] == plain[len(rows):]
     assert [row["step"] for row in rows] == list("0123456")
+
+
+def test_killed_between_two_checkpoints_a_run_still_ends_the_same(train, monkeypatch):
+    train()
+    whole, best = weights(), weights("best.pt")
+    written = []
+
+    def killed(path, *rest, save=model.save_checkpoint, **more):
+        written.append(path.name)
+        if len(written) == 4:  # the second of the two files of step 6
+            raise KeyboardInterrupt
+        save(path, *rest, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "save_checkpoint", killed)
+        train()
+    train("--init_from=resume")
+    assert written == ["best.pt", "last.pt"] * 2
+    assert same(weights(), whole) and same(weights("best.pt"), best)
 
 
 @pytest.mark.parametrize("options", [["--eval_interval=1"], ["--eval_interval=0"],
