@@ -9,6 +9,7 @@ name it has in OpenAI's weights, so that those map one to one.
 
 import math
 import os
+import re
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -246,19 +247,26 @@ class GPT(nn.Module):
     # ---- generation ----
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, eot=None):
         """Continues (B, T) ids to (B, T + max_new_tokens), each token seen through the last
-        block_size ones. temperature 0 is greedy; top_k keeps exactly the k likeliest (0: all)."""
+        block_size ones. temperature 0 is greedy; top_k keeps exactly the k likeliest (0: all). A
+        row that has written eot writes nothing else; where all have, the rows end sooner."""
         was_training = self.training
         self.eval()
         k = min(top_k or self.config.vocab_size, self.config.vocab_size)
+        ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             last = self.hidden(idx[:, -self.config.block_size:])[:, -1]      # (B, C)
             logits, ids = self.lm_head(last).float().topk(k if temperature else 1)  # (B, k)
             if temperature:
                 probs = (logits / temperature).softmax(dim=-1)
                 ids = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+            if eot is not None:
+                ids = ids.masked_fill(ended, eot)
+                ended |= ids == eot
             idx = torch.cat((idx, ids), dim=1)
+            if ended.all():
+                break
         self.train(was_training)
         return idx
 
@@ -324,74 +332,116 @@ def pick_device(name):
 
 # ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (plain JSON) ----
 
+EOT = "<|endoftext|>"  # how text writes eot, the id that ends a story
+
+# What a byte-pair token of our own never reaches across: a word with the blank before it, a digit,
+# a run of punctuation, one of line ends, any other blank.
+PIECES = r" ?[^\W\d_]+(?:'[^\W\d_]+)*| ?\d| ?(?:[^\s\w]|_)+|\n+|\s"
+
+
 def token_dtype(vocab_size):
     """The narrowest type that ids are stored in."""
     return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
 
 
 class CharTokenizer:
-    """One id for each character of vocabulary, a sorted string."""
-    eot = None
+    """One id for each character of vocabulary, a sorted string. If that holds U+0003, which ASCII
+    calls end of text, it is eot."""
 
     def __init__(self, vocabulary):
         if not vocabulary or list(vocabulary) != sorted(set(vocabulary)):
             raise ValueError("a character vocabulary must be one sorted string without repeats")
         self.spec = {"kind": "char", "vocabulary": vocabulary}
         self.vocab_size = len(vocabulary)
-        self.codes = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
-        # A table from code point to id, as long as the last character and one beyond; vocab_size
-        # marks the unknown. One look-up for a whole text is what makes encode fast.
-        self.ids = np.full(self.codes[-1] + 2, self.vocab_size, token_dtype(self.vocab_size + 1))
-        self.ids[self.codes] = np.arange(self.vocab_size)
+        self.ids = {character: i for i, character in enumerate(vocabulary)}
+        self.eot = self.ids.get("\3")
+        # Sorted, ASCII comes first: its ids fit in a byte, and 255 is free to say unknown.
+        self.ascii = bytes(self.ids.get(chr(i), 255) for i in range(128)).ljust(256, b"\xff")
 
     def encode(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        ids = self.ids.take(codes, mode="clip")
-        unknown = ids == self.vocab_size
-        if unknown.any():
-            at = int(unknown.argmax())
+        """ASCII goes through a translation table, far faster than a list comprehension; the other
+        characters are looked up one by one."""
+        if self.eot is not None:
+            text = text.replace(EOT, "\3")
+        narrow, doubt = self.vocab_size <= 256, False
+        ids = np.empty(len(text), np.uint8 if narrow else token_dtype(self.vocab_size))
+        view = memoryview(ids)
+        for at in range(0, len(text), 8192):  # what stays in the cache
+            some = text[at:at + 8192]
+            plain = some.encode("ascii", "replace")  # any other character becomes a "?"
+            known = plain.translate(self.ascii)
+            doubt |= b"\xff" in known  # an unknown character, or an unknown "?"
+            known = known if narrow else np.frombuffer(known, np.uint8).astype(ids.dtype)
+            view[at:at + len(known)] = known
+            mark = -1 if some.isascii() else plain.find(b"?")
+            while mark >= 0:
+                view[at + mark] = self.ids.get(some[mark], 0)
+                doubt |= some[mark] not in self.ids
+                mark = plain.find(b"?", mark + 1)
+        unknown = (i for i, character in enumerate(text) if character not in self.ids)
+        if doubt and (at := next(unknown, None)) is not None:
             raise ValueError(f"{text[at]!r} (U+{ord(text[at]):04X}, character {at + 1} of the "
                              f"text) is not among the vocabulary's {self.vocab_size} characters, "
                              f"leave it out or use data prepared with --tokenizer=byte")
         return ids
 
     def decode(self, ids):
-        return self.codes[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le")
+        return "".join(self.spec["vocabulary"][i] for i in ids).replace("\3", EOT)
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8: any text, no vocabulary to learn."""
-    eot = None
+    """The 256 bytes of UTF-8: any text, no vocabulary to learn. eot is 255, no byte of UTF-8."""
+    eot = 255
     vocab_size = 256
     spec = {"kind": "byte"}
 
     def encode(self, text):
-        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16)
+        raw = text.encode("utf-8", "surrogateescape").replace(EOT.encode(), b"\xff")
+        return np.frombuffer(raw, np.uint8)
 
     def decode(self, ids):
-        return bytes(np.asarray(ids, dtype=np.uint8)).decode("utf-8", "replace")
+        raw = np.asarray(ids, dtype=np.uint8).tobytes()
+        return raw.replace(b"\xff", EOT.encode()).decode("utf-8", "replace")
 
 
-class GPT2Tokenizer:
-    """GPT-2's 50,257 byte-pair tokens, run by tiktoken, which downloads them once."""
-    eot = 50256
-    vocab_size = 50257
-    spec = {"kind": "gpt2"}
+class BPETokenizer:
+    """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken: GPT-2's 50,257, which it downloads
+    once, or our own, of which spec lists what prepare_tinystories.py has learned."""
 
-    def __init__(self):
-        try:
-            self.encoding = tiktoken.get_encoding("gpt2")
-        except OSError as error:  # requests' errors are OSErrors
-            raise OSError(f"GPT-2's tokenizer could not be downloaded, connect once or let "
-                          f"TIKTOKEN_CACHE_DIR name a folder that holds it "
-                          f"({type(error).__name__})") from error
+    def __init__(self, spec):
+        self.spec = spec
+        self.encoding = gpt2_encoding() if spec["kind"] == "gpt2" else own_encoding(spec["tokens"])
+        self.eot = self.encoding.eot_token
+        self.vocab_size = self.encoding.n_vocab
 
     def encode(self, text):
-        """<|endoftext|> in the text becomes eot."""
-        return np.array(self.encoding.encode(text, allowed_special="all"), dtype=np.uint16)
+        return self.encoding.encode_to_numpy(text, allowed_special="all")
 
     def decode(self, ids):
-        return self.encoding.decode(np.asarray(ids).tolist())
+        return self.encoding.decode([int(i) for i in ids])
+
+
+def gpt2_encoding():
+    """A tiktoken.Encoding to itself: those that get_encoding hands out share their scratch space,
+    which threads then queue for."""
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # requests' errors are OSErrors
+        raise OSError(f"GPT-2's tokenizer could not be downloaded, connect once or let "
+                      f"TIKTOKEN_CACHE_DIR name a folder that holds it "
+                      f"({type(error).__name__})") from error
+    return tiktoken.Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
+                             special_tokens=gpt2._special_tokens)
+
+
+def own_encoding(tokens):
+    """The 256 bytes, then tokens in the order they were learned, each a string that stands for its
+    bytes in Latin-1, then EOT."""
+    known = [bytes([i]) for i in range(256)] + [token.encode("latin-1") for token in tokens]
+    if len(set(known)) < len(known):
+        raise ValueError("a byte-pair vocabulary must not repeat a token")
+    return tiktoken.Encoding("bpe", pat_str=PIECES, special_tokens={EOT: len(known)},
+                             mergeable_ranks={token: rank for rank, token in enumerate(known)})
 
 
 def tokenizer_from(spec):
@@ -399,9 +449,13 @@ def tokenizer_from(spec):
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if kind == "char" and isinstance(spec.get("vocabulary"), str):
         return CharTokenizer(spec["vocabulary"])
-    if kind in ("byte", "gpt2"):
-        return {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}[kind]()
-    raise ValueError("a tokenizer's spec must be of kind char (with its vocabulary), byte or gpt2")
+    if kind == "byte":
+        return ByteTokenizer()
+    tokens = spec.get("tokens") if kind == "bpe" else None
+    if kind == "gpt2" or isinstance(tokens, list) and all(isinstance(t, str) for t in tokens):
+        return BPETokenizer(spec)
+    raise ValueError("a tokenizer's spec must be of kind char (with its vocabulary), byte, gpt2 "
+                     "or bpe (with its tokens)")
 
 
 def read_text(path):
@@ -423,3 +477,11 @@ def encode_prompt(tokenizer, start):
     if not ids:
         raise ValueError("--start is empty, give at least one character to go on from")
     return torch.tensor([ids])
+
+
+def decode_generated(tokenizer, ids):
+    """The text of a row that generate wrote, without the ends of text around it."""
+    text = tokenizer.decode(ids)
+    while tokenizer.eot is not None and text.endswith(EOT):
+        text = text.removesuffix(EOT)
+    return text.removeprefix(EOT)

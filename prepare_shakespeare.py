@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +53,7 @@ def main():
     path = Path(source or "data/tinyshakespeare.txt")
     if not source and sha256_of(path) != SHA256:
         with stop_on_error():
-            download(URLS, path, SHA256, remedy="pass a copy with --source=FILE")
+            download(URLS, path, "pass a copy with --source=FILE", SHA256)
     made_by = {"source": source or URLS[0], "sha256": sha256_of(path), "tokenizer": tokenizer,
                "val_fraction": val_fraction, "test_fraction": test_fraction}
     if is_complete(folder, made_by):
@@ -71,7 +74,7 @@ def main():
     with stop_on_error():
         made = (CharTokenizer("".join(sorted(set(text)))) if tokenizer == "char"
                 else tokenizer_from({"kind": tokenizer}))
-        write_dataset(folder, {name: [part] for name, part in splits.items()}, made, made_by)
+        write_dataset(folder, {name: [[part]] for name, part in splits.items()}, made, made_by)
     print(f"next: python train.py config/shakespeare_cpu.py --dataset={folder.name}")
 
 
@@ -83,49 +86,73 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(urls, path, sha256, remedy, tries=4, wait=1.0, timeout=20):
-    """Fetches the file with this sha256 from the first of urls that serves it, to path. A broken
-    transfer goes on where it stopped, under path.part; failed rounds are tried again after wait,
-    2 * wait, ... seconds. Raises OSError with what each url answered, and the remedy."""
+def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
+    """Fetches a file to path, from the first of urls that serves it whole, and checks its sha256 (or
+    what the Hugging Face Hub states in X-Linked-Etag). A broken transfer goes on where it stopped,
+    at path.part; after tries rounds in which nothing came, wait, 2 * wait, ... seconds apart,
+    raises OSError with what each url answered, and the remedy. With limit, the first so many bytes
+    are enough and stay at path.part. Returns the path of what there is now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    answers = {}
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(wait * 2 ** (attempt - 1))
+    if 0 < limit <= size_of(part):
+        return part
+    answers, failures = {}, 0
+    while failures < tries:
+        if answers:
+            time.sleep(wait * 2 ** max(0, failures - 1))
+        before = size_of(part)
         for url in urls:
             try:
-                fetch(url, part, timeout)
+                total, stated = fetch(url, part, limit, timeout)
             except requests.RequestException as error:
                 failed = error.response is None
                 answers[url] = type(error).__name__ if failed else error.response.status_code
                 continue
-            if sha256_of(part) == sha256:
+            have = size_of(part)
+            if 0 < limit <= have != total:
+                return part
+            if have < total:
+                answers[url] = f"{have:,} of {total:,} bytes"
+                continue
+            if have == (total or have) and (sha256 or stated) in ("", sha256_of(part)):
                 os.replace(part, path)
-                return
-            answers[url] = "a file with another sha256"
+                return path
+            answers[url] = "a file of another size or sha256"
             part.unlink()
+        failures = 0 if size_of(part) > before else failures + 1
     raise OSError(f"{path.name} could not be downloaded ("
                   + "; ".join(f"{url}: {answer}" for url, answer in answers.items())
                   + f"), try again or {remedy}")
 
 
-def fetch(url, part, timeout):
-    """Appends to part what it still lacks of url; a server that cannot resume sends the whole."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+def fetch(url, part, limit, timeout):
+    """Appends to part what it still lacks of url, up to limit bytes; a server that cannot resume
+    sends the whole. Returns the file's size and sha256, as far as the server states them."""
+    have = size_of(part)
+    headers = {"Accept-Encoding": "identity"}
+    if have or limit:
+        headers["Range"] = f"bytes={have}-{limit - 1 if limit else ''}"
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        stated = [one.headers.get("X-Linked-Etag", "").strip('"') for one in answer.history]
+        sha256 = next((tag for tag in stated if len(tag) == 64), "")
         if have and answer.status_code == 416:  # nothing lies beyond what we have
-            return
+            return have, sha256
         answer.raise_for_status()
-        resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        total = int(answer.headers.get("Content-Length", 0)) + have * resumed
-        with open(part, "ab" if resumed else "wb") as file:
-            for chunk in answer.iter_content(1 << 16):
+        span, _, total = answer.headers.get("Content-Range", "").partition("/")
+        total = int(total if total.isdigit() else answer.headers.get("Content-Length", 0))
+        with open(part, "ab" if span.startswith(f"bytes {have}-") else "wb") as file:
+            for chunk in answer.iter_content(1 << 14):
                 file.write(chunk)
                 if sys.stderr.isatty():
-                    print(f"\r{part.stem}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB",
+                    print(f"\r{part.stem}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB ",
                           end="\n" if file.tell() == total else "", file=sys.stderr)
+                if 0 < limit <= file.tell():
+                    break
+    return total, sha256
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def is_complete(folder, made_by):
@@ -136,29 +163,57 @@ def is_complete(folder, made_by):
         return False
 
 
-def write_dataset(folder, splits, tokenizer, made_by):
-    """Writes split.bin (flat token ids) for {split: iterable of documents}, then meta.json: what
-    made them, the tokenizer, and the counts of each split. Without meta.json nothing counts."""
+def write_dataset(folder, splits, tokenizer, made_by, end="", workers=1, nats=None, **read):
+    """Writes split.bin (flat token ids) for {split: iterable of lists of documents}, end before the
+    first document and after each, then meta.json: what made them, what was read, the tokenizer, and
+    the counts of each split, with its entropy where nats, {split: total}, is known. A list is
+    encoded by one of several threads. Without meta.json nothing counts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    meta = {"made_by": made_by, "tokenizer": tokenizer.spec, "dtype": dtype.name, "splits": {}}
-    for split, documents in splits.items():
-        counts = {"file": f"{split}.bin", "tokens": 0, "documents": 0, "characters": 0, "bytes": 0}
-        with atomic_write(folder / counts["file"]) as file:
-            for text in documents:
-                ids = tokenizer.encode(text)
-                file.write(ids.astype(dtype).tobytes())
-                counts["tokens"] += len(ids)
-                counts["documents"] += 1
-                counts["characters"] += len(text)
-                counts["bytes"] += len(text.encode("utf-8"))
-        meta["splits"][split] = counts
+    local = threading.local()
+
+    def encode(documents):
+        if not hasattr(local, "tokenizer"):  # tiktoken's threads would wait for one another
+            local.tokenizer = tokenizer_from(tokenizer.spec)
+        text = "".join(document + end for document in documents)
+        ids = local.tokenizer.encode(text).astype(dtype, copy=False)
+        marks = len(documents) * len(end)
+        return ids, {"tokens": len(ids), "documents": len(documents),
+                     "characters": len(text) - marks, "bytes": len(text.encode()) - marks}
+
+    meta = {"made_by": made_by, "read": read, "tokenizer": tokenizer.spec, "dtype": dtype.name,
+            "splits": {}}
+    for split, batches in splits.items():
+        counts = {"tokens": 0, "documents": 0, "characters": 0, "bytes": 0}
+        with atomic_write(folder / f"{split}.bin") as file:
+            first = tokenizer.encode(end).astype(dtype)
+            file.write(first.tobytes())
+            counts["tokens"] += len(first)
+            for ids, more in map_in_order(encode, batches, workers):
+                file.write(ids.tobytes())
+                counts = {name: count + more[name] for name, count in counts.items()}
+        if nats:  # all but the first token are predicted
+            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)
+            counts["nats_per_character"] = nats[split] / counts["characters"]
+        meta["splits"][split] = {"file": f"{split}.bin"} | counts
         print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "
-              f"{counts['characters']:,} characters")
+              f"{counts['documents']:,} documents, {counts['characters']:,} characters")
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
     print(f"{folder}/meta.json: vocabulary of {tokenizer.vocab_size:,}")
+
+
+def map_in_order(function, items, workers):
+    """map(function, items) on threads, of which none gets far ahead of the result that is due."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 if __name__ == "__main__":

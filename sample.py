@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 
 from config import configure, stop, stop_on_error
-from model import encode_prompt, load_checkpoint, pick_device
+from model import decode_generated, encode_prompt, load_checkpoint, pick_device
 
 # Model
 out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
 checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
 # Text
-start = "\n"             # what to continue; FILE:prompt.txt reads it from a file
+start = ""               # what to continue, or FILE:prompt.txt; empty: as the run's own samples do
 num_samples = 1          # drawn side by side, as one batch
-max_new_tokens = 500
+max_new_tokens = 500     # at most: the end of a text ends a sample, too
 temperature = 0.8        # 0: always the likeliest token; 1: as the model learned it; above: wilder
 top_k = 0                # draw among this many likeliest tokens; 0: among all
 seed = 1337              # the same seed and settings write the same text
@@ -39,13 +39,15 @@ def main():
         saved = load_checkpoint(path, target)
     model, tokenizer = saved["model"], saved["tokenizer"]
     with stop_on_error(2):
-        idx = encode_prompt(tokenizer, start).to(target)
+        begin = start or saved.get("settings", {}).get("start", "")
+        idx = encode_prompt(tokenizer, begin).to(target)
     print(f"{path}:", file=sys.stderr)
 
     generator = torch.Generator(target).manual_seed(seed)
-    out = model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k, generator)
+    out = model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k, generator,
+                         tokenizer.eot)
     for number, ids in enumerate(out.tolist()):
-        print("" if number == 0 else "\n----\n", tokenizer.decode(ids), sep="")
+        print("" if number == 0 else "\n----\n", decode_generated(tokenizer, ids), sep="")
 
 
 def newest_run():

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from config import configure, stop, stop_on_error
-from model import (GPT, GPTConfig, atomic_write, encode_prompt, load_checkpoint, pick_device,
-                   save_checkpoint, tokenizer_from)
+from model import (GPT, GPTConfig, atomic_write, decode_generated, encode_prompt, load_checkpoint,
+                   pick_device, save_checkpoint, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -34,6 +34,7 @@ seed = 1337
 dataset = "shakespeare_char"  # folder under data/
 batch_size = 64              # sequences per forward pass
 block_size = 256             # longest context, tokens
+document_rows = False        # rows are stories, cut or padded; False: windows of the stream
 gradient_accumulation_steps = 1  # forward and backward passes per step
 # Model
 n_layer = 6
@@ -70,6 +71,7 @@ min_lr = 1e-4
 patience = 0                 # stop after this many evaluations without a better val loss; 0: never
 # Evaluation, logging, snapshots
 eval_interval = 250          # steps; 0: only at the end
+eval_epochs = 0.0            # passes over the training tokens; > 0 replaces eval_interval
 eval_iters = 0               # batches per split; 0: all of val and as many windows of train
 log_interval = 10            # steps; 0: only with an evaluation
 sample_interval = 0          # steps between samples of the model's text; 0: none
@@ -84,8 +86,8 @@ settings = configure(globals())
 # A resumed run may change these; with any other it would be another run.
 FREE_ON_RESUME = {
     "out_dir", "init_from", "eval_only", "max_iters", "max_epochs", "patience", "eval_interval",
-    "eval_iters", "log_interval", "sample_interval", "start", "snapshot_interval", "device",
-    "dtype", "compile"}
+    "eval_epochs", "eval_iters", "log_interval", "sample_interval", "start", "snapshot_interval",
+    "device", "dtype", "compile"}
 
 
 def main():
@@ -117,6 +119,7 @@ def main():
     if eval_only:
         return print_report(autocast(raw.eval().forward), data, meta["splits"], target)
 
+    parameters = list(raw.parameters())
     optimizers = make_optimizers(raw)
     scaler = torch.amp.GradScaler(target.type, enabled=amp == torch.float16)
     stateful = [*optimizers, scaler]
@@ -126,8 +129,9 @@ def main():
     model = autocast(compiled(raw, autocast, batch(data["train"], 0, 0, target)))
 
     rows = batch_size * gradient_accumulation_steps
-    steps_per_epoch = windows_per_epoch(len(data["train"])) / rows
+    steps_per_epoch = data["train"].per_epoch / rows
     steps = math.ceil(max_epochs * steps_per_epoch) if max_epochs else max_iters
+    evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
     print(f"{optimizer} on {target} in {str(amp)[6:]}: {steps:,} steps of {rows * block_size:,} "
           f"tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}")
     first = progress["step"]
@@ -152,7 +156,7 @@ def main():
             loss += part.detach()
         for one in optimizers:
             scaler.unscale_(one)
-        norm = nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
         loss = loss.item()
         # A float16 step whose gradient overflows is skipped by the scaler, which then scales less.
         require_finite(done, loss=loss, gradient=0.0 if scaler.is_enabled() else norm)
@@ -168,7 +172,7 @@ def main():
                "tok/s": rows * block_size / (now - step_began), "elapsed": now - began,
                "left": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints due
-        if every(eval_interval, done) or done == steps:
+        if every(evaluate_every, done) or done == steps:
             row |= losses(raw, model, data, target)
             progress["stale"] += 1
             if row["val"] < progress["best_loss"]:
@@ -183,7 +187,7 @@ def main():
         leaving = done == steps or signals or 0 < patience <= progress["stale"]
         if names or leaving or "val" in row:
             require_finite(done, val=row.get("val", 0.0),
-                           weights=nn.utils.get_total_norm(raw.parameters()).item())
+                           weights=nn.utils.get_total_norm(parameters).item())
             progress |= {"step": done, "seconds": time.time() - began}
             names.append("last.pt")  # last: killed in between, a resumed run writes the others anew
             save_run(run_dir, names, raw, tokenizer, progress, stateful)
@@ -277,11 +281,13 @@ def every(interval, step):
 # ---- data ----
 
 def load_dataset(folder):
-    """(meta.json, tokenizer, {split: memory-mapped token ids}) of what a prepare script wrote."""
-    kind = folder.name.removeprefix("shakespeare_")
-    remedy = "make it with python prepare_shakespeare.py " + (
-        f"--tokenizer={kind}" if kind in ("char", "byte", "gpt2") else
-        f"--source=FILE --dataset={folder.name}")
+    """(meta.json, tokenizer, {split: Windows or Documents}) of what a prepare script wrote."""
+    name, _, kind = folder.name.rpartition("_")
+    made = {"shakespeare": "shakespeare.py", "tinystories": "tinystories.py",
+            "grammar": "tinystories.py --source=grammar"}.get(name)
+    remedy = "make it with python prepare_" + (
+        f"{made} --tokenizer={kind}" if made and kind in ("char", "byte", "gpt2", "bpe") else
+        f"shakespeare.py --source=FILE --dataset={folder.name}")
     if not (folder / "meta.json").is_file():
         stop(f"{folder}: no such dataset, {remedy}")
     try:
@@ -298,15 +304,72 @@ def load_dataset(folder):
         tokenizer = tokenizer_from(spec)
     if not {"train", "val"} <= data.keys():
         stop(f"{folder} has no val split, prepare it with a --val_fraction above 0")
+    if document_rows and tokenizer.eot is None:
+        stop(f"--document_rows=True needs an end of text after each document, which {folder} does "
+             f"not have, prepare it with prepare_tinystories.py", 2)
     for split, tokens in data.items():
-        if len(tokens) <= block_size:
+        if tokens.max(initial=0) >= tokenizer.vocab_size:
+            stop(f"{folder}/{split}.bin has ids outside its vocabulary, delete it and {remedy}")
+        data[split] = Documents(tokens, tokenizer.eot) if document_rows else Windows(tokens)
+        if data[split].per_epoch < 1 or data[split].phases < 1:
             stop(f"{folder}/{split}.bin: {len(tokens):,} tokens are too few for a block_size of "
                  f"{block_size}, use a longer text or a smaller --block_size")
-        if tokens.max() >= tokenizer.vocab_size:
-            stop(f"{folder}/{split}.bin has ids outside its vocabulary, delete it and {remedy}")
-        print(f"{split}: {len(tokens):,} tokens, "
-              f"{meta['splits'][split]['characters']:,} characters")
+        describe(split, data[split], meta["splits"][split])
     return meta, tokenizer, data
+
+
+def describe(split, rows, counts):
+    """Prints the size of a split and, where the stories' grammar is known, its entropy."""
+    line = f"{split}: {len(rows.tokens):,} tokens, {counts['characters']:,} characters"
+    if document_rows:
+        line += f", {rows.number:,} stories, {rows.cut:,} of them cut"
+        if rows.cut:
+            counts.pop("nats_per_token", None)  # that of their beginnings is another
+    if "nats_per_token" in counts:
+        line += f", entropy {counts['nats_per_token']:.4f}: no honest loss is lower"
+    print(line)
+
+
+class Windows:
+    """The rows of a split of (N,) ids: windows of block_size tokens and the one after."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.number = math.ceil((len(tokens) - 1) / block_size)     # side by side, the last shorter
+        self.phases = min(block_size, len(tokens) - block_size)     # where an epoch's may begin
+        self.per_epoch = (len(tokens) - self.phases) // block_size  # that fit wherever they do
+
+    def span(self, row, phase=0):
+        """Where a row, or an array of them, begins, and where its last target is."""
+        first = phase + block_size * row
+        return first, np.minimum(first + block_size, len(self.tokens) - 1)
+
+
+class Documents:
+    """The rows of a split: its documents, cut at block_size, each with the end of the one before,
+    from which its first token is predicted."""
+    phases = 1
+
+    def __init__(self, tokens, eot):
+        self.tokens = tokens
+        self.ends = np.concatenate([at + np.flatnonzero(tokens[at:at + 2 ** 24] == eot)
+                                    for at in range(0, len(tokens) + 1, 2 ** 24)])
+        self.number = self.per_epoch = len(self.ends) - 1
+        self.cut = int((np.diff(self.ends) > block_size).sum())
+
+    def span(self, row, phase=0):
+        first = self.ends[row]
+        return first, np.minimum(first + block_size, self.ends[row + 1])
+
+
+def read_rows(rows, first, last, target):
+    """Inputs x and targets y, (B, T) each, from the (B,) places of the first input and the last
+    target; behind these x is 0 and y is -1, which no loss counts."""
+    at = first[:, None] + np.arange(block_size + 1)
+    ids = rows.tokens[np.minimum(at, len(rows.tokens) - 1)].astype(np.int64)
+    ids[at > last[:, None]] = -1
+    ids = torch.from_numpy(ids).to(target)
+    return ids[:, :-1].clamp(min=0), ids[:, 1:]
 
 
 def random_seed(purpose, *indices):
@@ -315,34 +378,28 @@ def random_seed(purpose, *indices):
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
-def windows_per_epoch(n_tokens):
-    """How many windows of block_size tokens and the one after fit, wherever the first begins."""
-    return (n_tokens - phases(n_tokens)) // block_size
-
-
-def phases(n_tokens):
-    """In how many places the first window of an epoch may begin."""
-    return min(block_size, n_tokens - block_size)
-
-
 @lru_cache(maxsize=2)  # a batch may hold the end of one epoch and the start of the next
-def epoch_starts(n_tokens, epoch):
-    """Where the windows of an epoch begin, shuffled: side by side from a random first one, so that
-    each token is a target once, but for fewer than two windows at the two ends."""
+def epoch_order(rows, epoch):
+    """The phase of an epoch and the order of its rows, 4 bytes each: windows lie side by side from
+    a random first one, so that each token is a target once, but for fewer than two windows at the
+    two ends."""
     generator = np.random.default_rng(random_seed("epoch", epoch))
-    phase = generator.integers(phases(n_tokens))
-    return phase + block_size * generator.permutation(windows_per_epoch(n_tokens))
+    phase = int(generator.integers(rows.phases))
+    order = np.arange(rows.per_epoch, dtype=np.uint32)
+    generator.shuffle(order)
+    return phase, order
 
 
-def batch(tokens, step, micro, target="cpu"):
+def batch(rows, step, micro, target="cpu"):
     """Inputs x and targets y, (B, T) each: rows of the endless sequence of epochs that follow from
     (seed, step, micro) alone. Rank r of N takes the micro-steps r, r + N, ... of each step."""
-    n = windows_per_epoch(len(tokens))
-    row = (step * gradient_accumulation_steps + micro) * batch_size
-    starts = [epoch_starts(len(tokens), r // n)[r % n] for r in range(row, row + batch_size)]
-    ids = np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64)
-    ids = torch.from_numpy(ids).to(target)
-    return ids[:, :-1], ids[:, 1:]
+    first = (step * gradient_accumulation_steps + micro) * batch_size
+    spans = []
+    for number in range(first, first + batch_size):
+        epoch, at = divmod(number, rows.per_epoch)
+        phase, order = epoch_order(rows, epoch)
+        spans.append(rows.span(int(order[at]), phase))
+    return read_rows(rows, *np.array(spans).T, target)
 
 
 # ---- optimizers and schedule ----
@@ -404,19 +461,15 @@ def learning_rate_at(step, steps):
 # ---- evaluation ----
 
 @torch.no_grad()
-def evaluate(model, tokens, target="cpu", max_batches=0):
+def evaluate(model, rows, target="cpu", max_batches=0):
     """{"loss": mean nats per token, "accuracy": of the likeliest next token} of a whole split, each
-    token predicted once, in windows side by side; max_batches > 0 takes as many, evenly spread."""
-    windows = math.ceil((len(tokens) - 1) / block_size)
-    count = min(windows, max_batches * batch_size or windows)
-    chosen = np.linspace(0, windows - 1, count).round().astype(int)
+    token predicted once; max_batches > 0 takes as many batches of rows, evenly spread."""
+    count = min(rows.number, max_batches * batch_size or rows.number)
+    chosen = np.linspace(0, rows.number - 1, count).round().astype(int)
+    together = max(batch_size, 2048 // block_size)  # fewer tokens at a time take longer
     loss = correct = counted = 0
-    for some in np.split(chosen, range(batch_size, count, batch_size)):
-        at = some[:, None] * block_size + np.arange(block_size + 1)     # (B, T + 1)
-        ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
-        ids[at >= len(tokens)] = -1                                     # beyond the end: no target
-        ids = torch.from_numpy(ids).to(target)
-        x, y = ids[:, :-1].clamp(min=0), ids[:, 1:]
+    for some in np.split(chosen, range(together, count, together)):
+        x, y = read_rows(rows, *rows.span(some), target)
         logits, mean = model(x, y)
         n = (y >= 0).sum().item()
         loss += mean.item() * n
@@ -427,8 +480,8 @@ def evaluate(model, tokens, target="cpu", max_batches=0):
 
 
 def losses(raw, model, data, target):
-    """{"train", "val"} losses in nats per token, exact on val, on as many windows of train."""
-    cap = eval_iters or math.ceil(len(data["val"]) / block_size / batch_size)
+    """{"train", "val"} losses in nats per token, exact on val, on as many rows of train."""
+    cap = eval_iters or math.ceil(data["val"].number / batch_size)
     raw.eval()
     found = {"train": evaluate(model, data["train"], target, cap)["loss"],
              "val": evaluate(model, data["val"], target, eval_iters)["loss"]}
@@ -444,11 +497,11 @@ def bits_per_character(loss, counts):
 def print_report(model, data, splits, target):
     """The table of eval_only: every split, whole unless eval_iters caps it."""
     print("  split        tokens     loss  perplexity  bits/char  accuracy")
-    for split, tokens in data.items():
-        found = evaluate(model, tokens, target, eval_iters)
+    for split, rows in data.items():
+        found = evaluate(model, rows, target, eval_iters)
         bits = bits_per_character(found["loss"], splits[split])
-        print(f"{split:>7}{len(tokens):>14,}{found['loss']:>9.4f}{math.exp(found['loss']):>12.3f}"
-              f"{bits:>11.4f}{found['accuracy']:>10.2%}")
+        print(f"{split:>7}{len(rows.tokens):>14,}{found['loss']:>9.4f}"
+              f"{math.exp(found['loss']):>12.3f}{bits:>11.4f}{found['accuracy']:>10.2%}")
 
 
 # ---- what a run writes ----
@@ -481,7 +534,8 @@ def log(metrics, row):
 def write_sample(raw, tokenizer, ids, step, path, length=200):
     """Prints how the model goes on from ids (1, T), and appends it to path."""
     generator = torch.Generator(ids.device).manual_seed(random_seed("sample", step))
-    text = tokenizer.decode(raw.generate(ids, length, generator=generator)[0].tolist())
+    out = raw.generate(ids, length, generator=generator, eot=tokenizer.eot)[0].tolist()
+    text = decode_generated(tokenizer, out)
     with open(path, "a", encoding="utf-8") as file:
         print(f"---- step {step} ----\n{text}", file=file)
     print(f"---- a sample at step {step} ----\n{text}\n----")
@@ -519,6 +573,8 @@ def print_summary(progress, rows, counts, run_dir, target):
         print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
               f"{math.exp(loss):.3f}, {bits_per_character(loss, counts):.4f} bits per character, "
               f"in {run_dir}/best.pt")
+        if floor := counts.get("nats_per_token"):
+            print(f"the text's own entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: "
           f"{done * rows * block_size / max(seconds, 1e-9):,.0f} tokens/s, "
           f"peak memory {peak_memory(target) / 1e6:,.0f} MB")

@@ -5,6 +5,8 @@ import os
 import runpy
 import signal
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ torch.set_num_threads(1)  # models this small are faster so, and much faster on 
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from model import BPETokenizer  # noqa: E402
 
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die.\n"
 
@@ -58,6 +61,14 @@ def verse(run):
     assert run("prepare_shakespeare.py", "--source=verse.txt", "--dataset=verse").status == 0
 
 
+@pytest.fixture
+def gpt2():
+    try:
+        return BPETokenizer({"kind": "gpt2"})
+    except OSError:
+        pytest.skip("GPT-2's tokenizer is not at hand and cannot be downloaded")
+
+
 TINY = ("--dataset=verse --out_dir=out/tiny --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 "
         "--batch_size=4 --max_iters=6 --warmup_iters=2 --eval_interval=3 --eval_iters=2 "
         "--log_interval=1 --device=cpu").split()
@@ -67,6 +78,60 @@ TINY = ("--dataset=verse --out_dir=out/tiny --n_layer=2 --n_head=2 --n_embd=16 -
 def train(run, verse):
     """train("--seed=2") -> a few steps of a tiny model on data/verse, into out/tiny."""
     return lambda *arguments: run("train.py", *TINY, *arguments)
+
+
+@pytest.fixture
+def serve():
+    """serve(body, answer, answer, ...) -> a url whose requests are answered in turn, the last for
+    ever. An answer is a status, or "whole", "cut" (half of what it promised), "wrong", "no ranges".
+    With sha256 it first redirects, and states that hash, as the Hugging Face Hub does.
+    serve.seen lists the (answer, Range) of each request."""
+    servers = []
+
+    def start(body, *answers, sha256=""):
+        left = list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if sha256 and not self.path.startswith("/blob"):
+                    return self.reply(302, b"", {"Location": "/blob", "X-Linked-Etag":
+                                                 f'"{sha256}"'})
+                answer = left.pop(0) if len(left) > 1 else left[0]
+                span = self.headers.get("Range")
+                start.seen.append((answer, span))
+                first, _, last = (span or "bytes=0-")[6:].partition("-")
+                first, end = int(first), min(len(body), int(last or len(body)) + 1)
+                if isinstance(answer, int):
+                    return self.reply(answer, b"", {})
+                if first >= len(body):
+                    return self.reply(416, b"", {})
+                whole = b"?" * len(body) if answer == "wrong" else body
+                if span and answer != "no ranges":
+                    spans = {"Content-Range": f"bytes {first}-{end - 1}/{len(body)}"}
+                    return self.reply(206, whole[first:end], spans, answer == "cut")
+                self.reply(200, whole, {}, answer == "cut")
+
+            def reply(self, status, data, headers, cut=False):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[:len(data) // 2] if cut else data)
+
+            def log_message(self, *_):
+                pass
+
+        httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(httpd)
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{httpd.server_port}/x.txt"
+
+    start.seen = []
+    yield start
+    for httpd in servers:
+        httpd.shutdown()
+        httpd.server_close()
 
 
 @pytest.fixture

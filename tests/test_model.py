@@ -235,3 +235,20 @@ def test_generation_follows_its_generator_alone_and_leaves_the_mode():
     one, two = (model.generate(ids(2, 4), 20, generator=torch.Generator().manual_seed(3))
                 for _ in range(2))
     assert torch.equal(one, two) and model.training
+
+
+def test_generation_ends_each_row_at_its_end_of_text():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 5, 1, 1, 8)).eval()
+    prompt = torch.zeros(50, 1, dtype=torch.long)
+    free = model.generate(prompt, 30, generator=torch.Generator().manual_seed(1))
+    rows = model.generate(prompt, 30, generator=torch.Generator().manual_seed(1), eot=4)
+    ends = []
+    for row, same in zip(rows, free):
+        end = (row == 4).nonzero()[0].item() if (row == 4).any() else len(row)
+        assert torch.equal(row[:end], same[:end]) and (row[end:] == 4).all()
+        ends.append(end)
+    assert len(set(ends)) > 5
+    greedy = model.generate(prompt, 30, temperature=0)
+    first = greedy[0, 1].item()
+    assert model.generate(prompt, 30, temperature=0, eot=first).shape == (50, 2)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 from conftest import one_sentence
 
 import prepare_shakespeare
-from model import (ByteTokenizer, CharTokenizer, GPT2Tokenizer, atomic_write, encode_prompt,
+from model import (BPETokenizer, ByteTokenizer, CharTokenizer, atomic_write, encode_prompt,
                    tokenizer_from)
 from prepare_shakespeare import download, write_dataset
 
@@ -20,39 +18,41 @@ def meta(folder):
     return json.loads(Path(folder, "meta.json").read_text())
 
 
-@pytest.fixture
-def gpt2():
-    try:
-        return GPT2Tokenizer()
-    except OSError:
-        pytest.skip("GPT-2's tokenizer is not at hand and cannot be downloaded")
-
-
 # ---- tokenizers ----
 
 STRANGE = "Ünïcode, 漢字, emoji 👩‍🚀 and\r\ncontrol \x07 characters"
 
 
-def test_char_ids_are_the_positions_in_the_sorted_vocabulary():
-    tokenizer = CharTokenizer("".join(sorted(set(STRANGE))))
-    stoi = {c: i for i, c in enumerate(sorted(set(STRANGE)))}
-    assert tokenizer.encode(STRANGE).tolist() == [stoi[c] for c in STRANGE]
-    assert tokenizer.encode("").tolist() == []
+@pytest.mark.parametrize("text", [
+    STRANGE, "plain", "漢字" * 9000, "?", "é?", "".join(map(chr, range(32, 1000))) * 20])
+def test_char_ids_are_those_of_a_list_comprehension(text):
+    vocabulary = "".join(sorted(set(text)))
+    assert CharTokenizer(vocabulary).encode(text).tolist() == [vocabulary.index(c) for c in text]
+    assert CharTokenizer(vocabulary).encode("").tolist() == []
+
+
+OWN = {"kind": "bpe", "tokens": [" t", "he", " the", "\u00f0\u009f"]}
 
 
 def test_tokenizers_give_back_the_text_and_are_built_again_from_their_spec(gpt2):
-    for tokenizer in (CharTokenizer("".join(sorted(set(STRANGE)))), ByteTokenizer(), gpt2):
+    for tokenizer in (CharTokenizer("".join(sorted(set(STRANGE)))), ByteTokenizer(), gpt2,
+                      BPETokenizer(OWN)):
         again = tokenizer_from(json.loads(json.dumps(tokenizer.spec)))
         ids = again.encode(STRANGE)
         assert tokenizer.decode(ids.tolist()) == STRANGE and max(ids) < again.vocab_size
 
 
-def test_gpt2_reads_end_of_text_as_its_token(gpt2):
-    assert gpt2.encode("a<|endoftext|>").tolist() == [64, 50256]
-    assert encode_prompt(gpt2, "").tolist() == [[50256]]
+def test_end_of_text_is_one_token_and_comes_back_as_text(gpt2):
+    for tokenizer, eot in ((gpt2, 50256), (BPETokenizer(OWN), 260), (ByteTokenizer(), 255),
+                           (CharTokenizer("\3ab"), 0)):
+        ids = tokenizer.encode("a<|endoftext|>b<|endoftext|>").tolist()
+        assert ids[1] == ids[3] == eot == tokenizer.eot and len(ids) == 4
+        assert tokenizer.decode(ids) == "a<|endoftext|>b<|endoftext|>"
+        assert encode_prompt(tokenizer, "").tolist() == [[eot]]
+    assert CharTokenizer("ab").eot is None
 
 
-@pytest.mark.parametrize("text", ["cab!", "cab\ud800", "cab" + chr(0x10FFFF)])
+@pytest.mark.parametrize("text", ["cab!", "cab?", "cab\ud800", "cab" + chr(0x10FFFF)])
 def test_an_unknown_character_is_named_with_its_place(text):
     with pytest.raises(ValueError, match=r"character 4 of the text.*--tokenizer=byte"):
         CharTokenizer("abc").encode(text)
@@ -61,7 +61,10 @@ def test_an_unknown_character_is_named_with_its_place(text):
 @pytest.mark.parametrize("spec", [None, {}, {"kind": "magic"}, {"kind": "char"}, {"kind": []},
                                   {"kind": "char", "vocabulary": "ba"},
                                   {"kind": "char", "vocabulary": ""},
-                                  {"kind": "char", "vocabulary": ["a"]}])
+                                  {"kind": "char", "vocabulary": ["a"]}, {"kind": "bpe"},
+                                  {"kind": "bpe", "tokens": "the"},
+                                  {"kind": "bpe", "tokens": [" t", " t"]},
+                                  {"kind": "bpe", "tokens": ["\u2019"]}])
 def test_a_spec_that_describes_no_tokenizer_is_refused(spec):
     with pytest.raises(ValueError):
         tokenizer_from(spec)
@@ -110,16 +113,14 @@ def test_the_same_settings_leave_a_dataset_alone_and_others_make_it_anew(run, ve
 
 
 def test_a_dataset_cut_short_is_not_taken_for_whole(workdir):
-    class Broken(ByteTokenizer):
-        def encode(self, text):
-            if text == "break":
-                raise KeyboardInterrupt
-            return super().encode(text)
+    def broken():
+        yield ["a"]
+        raise KeyboardInterrupt
 
     folder = Path("data/x")
-    write_dataset(folder, {"train": ["abc"], "val": ["abc"]}, ByteTokenizer(), {})
+    write_dataset(folder, {"train": [["abc"]], "val": [["abc"]]}, ByteTokenizer(), {})
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(folder, {"train": ["abcdef"], "val": ["a", "break"]}, Broken(), {})
+        write_dataset(folder, {"train": [["abcdef"]], "val": broken()}, ByteTokenizer(), {})
     assert not Path(folder, "meta.json").exists() and not list(folder.glob("*.tmp"))
 
 
@@ -154,55 +155,13 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 
 @pytest.fixture
-def server():
-    """server(answer, answer, ...) -> a url whose requests are answered in turn, the last for ever.
-    An answer is a status, or "whole", "cut" (half of what it promised), "wrong", "no ranges"."""
-    servers = []
-
-    def start(*answers):
-        left = list(answers)
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                answer = left.pop(0) if len(left) > 1 else left[0]
-                start.seen.append((answer, self.headers.get("Range")))
-                body = b"?" * len(BODY) if answer == "wrong" else BODY
-                offset = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-                if isinstance(answer, int):
-                    self.send_response(answer)
-                    self.end_headers()
-                    return
-                if offset >= len(body):
-                    self.send_response(416)
-                    self.end_headers()
-                    return
-                if offset and answer != "no ranges":
-                    self.send_response(206)
-                    self.send_header("Content-Range", f"bytes {offset}-{len(body)-1}/{len(body)}")
-                    body = body[offset:]
-                else:
-                    self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[:len(body) // 2] if answer == "cut" else body)
-
-            def log_message(self, *_):
-                pass
-
-        httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(httpd)
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{httpd.server_port}/x.txt"
-
-    start.seen = []
-    yield start
-    for httpd in servers:
-        httpd.shutdown()
-        httpd.server_close()
+def server(serve):
+    """server(answer, ...) -> the url of a server that answers so, with BODY."""
+    return lambda *answers: serve(BODY, *answers)
 
 
 def fetched(*urls):
-    download(urls, Path("data/x.txt"), SHA, "pass a copy", wait=0.01, timeout=5)
+    download(urls, Path("data/x.txt"), "pass a copy", SHA, wait=0.01, timeout=5)
     return Path("data/x.txt").read_bytes() == BODY
 
 
@@ -214,16 +173,41 @@ def test_a_download_recovers(server, answers):
     assert not Path("data/x.txt.part").exists()
 
 
-def test_a_cut_download_goes_on_where_it_stopped(server):
+def test_a_cut_download_goes_on_where_it_stopped(server, serve):
     assert fetched(server("cut", "whole"))
-    (first, whole), (second, rest) = server.seen
+    (first, whole), (second, rest) = serve.seen
     assert (first, whole, second) == ("cut", None, "whole")
     assert 0 < int(rest[6:-1]) <= len(BODY) // 2
 
 
-def test_the_next_url_is_asked_at_once(server):
+def test_the_next_url_is_asked_at_once(server, serve):
     assert fetched(server(404), server("whole"))
-    assert [answer for answer, _ in server.seen] == [404, "whole"]
+    assert [answer for answer, _ in serve.seen] == [404, "whole"]
+
+
+def test_a_try_that_brings_something_is_not_counted(server):
+    url = server(*["cut"] * 4, "whole")
+    download((url,), Path("x.txt"), "pass a copy", SHA, tries=2, wait=0.01)
+    assert Path("x.txt").read_bytes() == BODY
+
+
+def test_what_the_server_says_of_the_files_hash_is_held_against_it(serve):
+    url = serve(BODY, "wrong", "cut", "whole", sha256=SHA)
+    path = download((url,), Path("data/x.txt"), "pass a copy", wait=0.01)
+    assert path.read_bytes() == BODY
+    with pytest.raises(OSError, match="another size or sha256.*pass a copy"):
+        download((serve(BODY, "whole", sha256="0" * 64),), Path("y.txt"), "pass a copy", wait=0.01)
+    assert not Path("y.txt").exists() and not Path("y.txt.part").exists()
+
+
+def test_a_limit_fetches_no_more_than_it_and_the_rest_can_follow(server, serve):
+    url = server("whole")
+    part = download((url,), Path("x.txt"), "pass a copy", limit=1000)
+    assert part.name == "x.txt.part" and part.read_bytes() == BODY[:1000]
+    assert download((url,), Path("x.txt"), "pass a copy", limit=900) == part  # enough already
+    assert len(serve.seen) == 1
+    assert download((url,), Path("x.txt"), "pass a copy", limit=10 ** 9).read_bytes() == BODY
+    assert [span for _, span in serve.seen] == ["bytes=0-999", "bytes=1000-999999999"]
 
 
 def test_a_whole_part_file_is_taken_without_asking_again(server):

@@ -14,7 +14,8 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS
                    for line in block.splitlines() if "python " in line})
 CONFIGS = sorted(path.name for path in (REPO / "config").glob("[!_]*.py"))
-VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257}
+VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257, "grammar_bpe": 1209,
+              "tinystories_char": 91, "tinystories_gpt2": 50257, "tinystories_bpe": 4096}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,15 +29,17 @@ def test_a_command_of_the_readme_is_understood(run, monkeypatch, command):
                 assert run(script, *arguments, "--help").status == 0, part
 
 
-def test_the_readmes_test_command_is_what_ci_runs():
-    command = "pip install -q pytest && python -m pytest -q tests"
-    assert command in README and command in (REPO / ".ci/run").read_text()
+def test_ci_runs_the_quick_start_and_the_tests_word_for_word():
+    start, tests, *_ = [block.strip() for block in BLOCKS]
+    ci = (REPO / ".ci/run").read_text().splitlines()
+    assert start in ci and "config/quickstart.py" in start and "--source=grammar" in start
+    assert tests in ci and "pytest" in tests
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_serves_every_script_and_has_the_parameters_it_states(run, monkeypatch, name):
     monkeypatch.chdir(REPO)
-    for script in ("train.py", "sample.py", "prepare_shakespeare.py"):
+    for script in ("train.py", "sample.py", "prepare_shakespeare.py", "prepare_tinystories.py"):
         assert run(script, f"config/{name}", "--help").status == 0
     values = dict(re.findall(r"--(\w+)=(\S+)", run("train.py", f"config/{name}", "--help").out))
     values = {key: eval(value) for key, value in values.items() if key in GPTConfig.__annotations__}

@@ -53,7 +53,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
 
 @pytest.mark.parametrize("arguments, status, words", [
     (["--start=é"], 2, ["'é' (U+00E9, character 1 of the text)", "--tokenizer=byte"]),
-    (["--start="], 2, ["--start is empty"]),
+    (["--start=FILE:empty.txt"], 2, ["--start is empty"]),
     (["--start=FILE:nope.txt"], 2, ["nope.txt: no such file"]),
     (["--start=FILE:latin.txt"], 2, ["latin.txt is not UTF-8 at byte 0"]),
     (["--temperature=-1"], 2, ["--temperature must not be negative"]),
@@ -62,6 +62,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
 ])
 def test_a_bad_prompt_or_setting_is_told_what_to_do(sample, arguments, status, words):
     Path("latin.txt").write_bytes(b"\xe9")
+    Path("empty.txt").write_bytes(b"")
     one_sentence(sample(*arguments), status, *words)
 
 

@@ -1,6 +1,7 @@
 """Training: batches, evaluation, optimizers, schedule, checkpoints, and what stops a run."""
 
 import csv
+import json
 import math
 import os
 import pickle
@@ -25,9 +26,9 @@ def small(monkeypatch):
     """train.py's functions with small sizes in its settings."""
     for name, value in dict(block_size=8, batch_size=4, gradient_accumulation_steps=2).items():
         monkeypatch.setattr(script, name, value)
-    script.epoch_starts.cache_clear()
+    script.epoch_order.cache_clear()
     yield script
-    script.epoch_starts.cache_clear()
+    script.epoch_order.cache_clear()
 
 
 def weights(name="last.pt", run="out/tiny"):
@@ -46,38 +47,77 @@ def metrics(run="out/tiny"):
 # ---- batches ----
 
 def test_each_token_is_a_target_once_an_epoch(small):
-    tokens = np.arange(1000, dtype=np.uint16)
-    n = small.windows_per_epoch(1000)
+    rows = small.Windows(np.arange(1000, dtype=np.uint16))
+    phases = set()
     for epoch in range(3):
-        starts = small.epoch_starts(1000, epoch)
-        targets = np.sort(np.concatenate([tokens[s + 1:s + 9] for s in starts]))
-        assert len(starts) == n and (np.diff(targets) == 1).all()
-        assert len(tokens) - len(targets) < 2 * 8
-    assert not np.array_equal(small.epoch_starts(1000, 0) % 8, small.epoch_starts(1000, 1) % 8)
+        phase, order = small.epoch_order(rows, epoch)
+        x, y = small.read_rows(rows, *rows.span(order.astype(int), phase), "cpu")
+        targets = y.flatten().sort().values
+        assert len(order) == rows.per_epoch and (targets.diff() == 1).all()
+        assert torch.equal(x + 1, y) and len(rows.tokens) - len(targets) < 2 * 8
+        phases.add(phase)
+    assert len(phases) > 1
 
 
 @pytest.mark.parametrize("n_tokens", [9, 10, 15, 16, 17, 24, 25])
 def test_windows_fit_into_the_shortest_datasets(small, n_tokens):
+    rows = small.Windows(np.arange(n_tokens))
     for epoch in range(20):
-        starts = small.epoch_starts(n_tokens, epoch)
-        assert len(starts) >= 1 and starts.min() >= 0 and starts.max() + 9 <= n_tokens
+        phase, order = small.epoch_order(rows, epoch)
+        assert len(order) >= 1 and phase + 8 * order.max() + 9 <= n_tokens
 
 
 def test_a_batch_follows_from_its_step_alone(small):
-    tokens = np.arange(200, dtype=np.uint16)
-    x, y = small.batch(tokens, 5, 1)
+    rows = small.Windows(np.arange(200, dtype=np.uint16))
+    x, y = small.batch(rows, 5, 1)
     for step in range(4):
-        small.batch(tokens, step, 0)
-    again, _ = small.batch(tokens, 5, 1)
+        small.batch(rows, step, 0)
+    again, _ = small.batch(rows, 5, 1)
     assert torch.equal(x, again) and torch.equal(x + 1, y) and x.shape == (4, 8)
 
 
 def test_micro_steps_are_the_parts_of_one_larger_batch(small, monkeypatch):
-    tokens = np.arange(200, dtype=np.uint16)
-    parts = torch.cat([small.batch(tokens, 3, micro)[0] for micro in range(2)])
+    rows = small.Windows(np.arange(200, dtype=np.uint16))
+    parts = torch.cat([small.batch(rows, 3, micro)[0] for micro in range(2)])
     monkeypatch.setattr(small, "batch_size", 8)
     monkeypatch.setattr(small, "gradient_accumulation_steps", 1)
-    assert torch.equal(parts, small.batch(tokens, 3, 0)[0])
+    assert torch.equal(parts, small.batch(rows, 3, 0)[0])
+
+
+EOT = 9
+FLAT = np.array([9, 1, 2, 3, 9, 4, 9, *range(10, 22), 9, 5, 6, 9], dtype=np.uint16)  # 4 documents
+
+
+def test_document_rows_are_the_documents_cut_or_padded(small):
+    rows = small.Documents(FLAT, EOT)
+    assert (rows.number, rows.per_epoch, rows.cut) == (4, 4, 1)
+    x, y = small.read_rows(rows, *rows.span(np.arange(4)), "cpu")
+    assert y.tolist() == [[1, 2, 3, 9, -1, -1, -1, -1], [4, 9, -1, -1, -1, -1, -1, -1],
+                          [*range(10, 18)], [5, 6, 9, -1, -1, -1, -1, -1]]
+    assert x[:, 0].tolist() == [9, 9, 9, 9] and torch.equal(x[:, 1:], y[:, :-1].clamp(min=0))
+
+
+def test_each_document_is_a_row_once_an_epoch(small):
+    rows = small.Documents(FLAT, EOT)
+    for epoch in range(3):  # 4 rows a batch, 2 batches a step
+        for micro in range(2):
+            _, y = small.batch(rows, epoch, micro)
+            assert sorted(y[:, 0].tolist()) == [1, 4, 5, 10]
+
+
+def test_padding_counts_neither_in_loss_nor_in_accuracy(small):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 50, 2, 2, 16)).eval()
+    loss, correct, counted = 0.0, 0, 0
+    for document in ([9, 1, 2, 3, 9], [9, 4, 9], [9, *range(10, 18)], [9, 5, 6, 9]):
+        logits = model(torch.tensor([document[:-1]]))[0][0].double().log_softmax(dim=-1)
+        for t, token in enumerate(document[1:]):
+            loss -= logits[t, token].item()
+            correct += logits[t].argmax().item() == token
+            counted += 1
+    found = small.evaluate(model, small.Documents(FLAT, EOT))
+    assert found["loss"] == pytest.approx(loss / counted, abs=1e-6)
+    assert found["accuracy"] == correct / counted
 
 
 def test_random_seeds_differ_in_purpose_and_step_only():
@@ -98,7 +138,7 @@ def test_evaluation_is_the_token_by_token_sum(small):
         logits = model(torch.tensor([tokens[first:t].tolist()]))[0][0, -1].double()
         loss -= logits.log_softmax(dim=-1)[tokens[t]].item()
         correct += logits.argmax().item() == tokens[t]
-    found = small.evaluate(model, tokens)
+    found = small.evaluate(model, small.Windows(tokens))
     assert found["loss"] == pytest.approx(loss / 99, abs=1e-6)
     assert found["accuracy"] == correct / 99
 
@@ -106,10 +146,10 @@ def test_evaluation_is_the_token_by_token_sum(small):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_evaluation_does_not_depend_on_the_batch_size(small, monkeypatch, batch_size):
     model = GPT(GPTConfig(8, 50, 1, 1, 8)).eval()
-    tokens = np.arange(90, dtype=np.uint16) % 50
-    expected = small.evaluate(model, tokens)
+    rows = small.Windows(np.arange(90, dtype=np.uint16) % 50)
+    expected = small.evaluate(model, rows)
     monkeypatch.setattr(small, "batch_size", batch_size)
-    assert small.evaluate(model, tokens) == pytest.approx(expected, abs=1e-6)
+    assert small.evaluate(model, rows) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_capped_evaluation_is_spread_over_the_split(small):
@@ -119,7 +159,7 @@ def test_a_capped_evaluation_is_spread_over_the_split(small):
         seen.extend(x[:, 0].tolist())
         return torch.zeros(*x.shape, 50), torch.tensor(1.0)
 
-    small.evaluate(model, np.arange(801, dtype=np.uint16), max_batches=1)
+    small.evaluate(model, small.Windows(np.arange(801, dtype=np.uint16)), max_batches=1)
     assert seen == [0, 264, 528, 792]
 
 
@@ -388,3 +428,59 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_file(train):
 def test_weights_that_overflow_are_not_saved(train, options):
     one_sentence(train("--learning_rate=1e38", "--warmup_iters=0", *options), 1, "step 1: ")
     assert not list(Path("out/tiny").glob("*.pt"))
+
+
+# ---- stories ----
+
+@pytest.fixture
+def tell(run):
+    """tell("--seed=2") -> some steps of a tiny model on 200 synthetic stories, to out/tell."""
+    run("prepare_tinystories.py", "--source=grammar", "--max_stories=200", "--tokenizer=bpe",
+        "--vocab_size=500", "--dataset=tales")
+    return lambda *arguments: run(
+        "train.py", "--dataset=tales", "--out_dir=out/tell", "--document_rows=True",
+        "--n_layer=1", "--n_head=2", "--n_embd=32", "--batch_size=10", "--dropout=0.0",
+        "--block_size=256", "--warmup_iters=0", "--learning_rate=0.02", "--max_iters=54",
+        "--eval_epochs=1.5", "--log_interval=0", "--device=cpu", "--start=", *arguments)
+
+
+def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_close(tell):
+    done = tell()
+    floor = json.loads(Path("data/tales/meta.json").read_text())["splits"]["val"]["nats_per_token"]
+    found = [float(row["val"]) for row in metrics("out/tell")]
+    assert len(found) == 3 and 2 * floor < found[0] and floor < found[-1] < found[1] < found[0]
+    assert f"0 of them cut, entropy {floor:.4f}: no honest loss is lower" in done.out
+    assert f"own entropy is {floor:.4f}, the loss {found[-1] / floor - 1:.1%} above" in done.out
+
+
+def test_where_stories_are_cut_no_floor_is_claimed(tell):
+    done = tell("--block_size=32", "--max_iters=1")
+    assert "200 stories" not in done.out and "20 of them cut" in done.out
+    assert "entropy" not in done.out
+
+
+def test_evaluations_by_the_epoch(tell):
+    tell("--max_iters=40")
+    assert [row["step"] for row in metrics("out/tell")] == ["0", "27", "40"]  # 1.5 * 180 / 10
+
+
+def test_story_rows_resume_as_they_would_have_gone_on(tell):
+    tell("--max_iters=6", "--lr_decay_iters=6")
+    whole = weights(run="out/tell")
+    tell("--max_iters=3", "--lr_decay_iters=6")
+    tell("--max_iters=6", "--lr_decay_iters=6", "--init_from=resume")
+    assert same(whole, weights(run="out/tell"))
+    one_sentence(tell("--init_from=resume", "--max_iters=9", "--document_rows=False"), 2,
+                 "--document_rows=True")
+
+
+def test_samples_of_a_story_model_end_with_the_story(tell, run):
+    tell("--sample_interval=54")
+    assert "<|endoftext|>" not in Path("out/tell/samples.txt").read_text()
+    told = run("sample.py", "--out_dir=out/tell", "--num_samples=3").out.split("\n----\n")
+    assert "<|endoftext|>" not in str(told) and len(told) == 3 == len(set(map(len, told)))
+
+
+def test_story_rows_need_ends_of_stories(train):
+    one_sentence(train("--document_rows=True"), 2, "--document_rows=True needs",
+                 "prepare_tinystories.py")

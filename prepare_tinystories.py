@@ -1,0 +1,458 @@
+"""Makes data/tinystories_char (or _byte, _gpt2, _bpe) from TinyStories or from any file of stories.
+
+    python prepare_tinystories.py                                # all of TinyStories, 1.9 GB
+    python prepare_tinystories.py --max_stories=50000            # downloads no more than that
+    python prepare_tinystories.py --source=stories.txt --tokenizer=bpe
+    python prepare_tinystories.py --source=grammar               # synthetic stories, no download
+
+A story ends at <|endoftext|> or with its file. R. Eldan and Y. Li, TinyStories, arXiv:2305.07759.
+"""
+
+import hashlib
+import heapq
+import math
+import os
+import random
+import re
+import sys
+from array import array
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+from string import Formatter
+
+import numpy as np
+
+from config import configure, stop, stop_on_error
+from model import EOT, PIECES, CharTokenizer, atomic_write, tokenizer_from
+from prepare_shakespeare import download, is_complete, write_dataset
+
+# Stories
+source = "tinystories"   # tinystories, tinystories_v2, grammar, or a file or folder of .txt files
+max_stories = 0          # take the first so many; 0: all, of grammar 20,000
+fraction = 1.0           # share of these that is used, drawn at random
+# Splits, by whole stories
+val_fraction = 0.1       # of the stories used, drawn at random
+test_fraction = 0.0
+val_source = ""          # official: the dataset's own validation file; or a FILE; empty: val_fraction
+seed = 1337              # of every draw
+# Tokenizer
+tokenizer = "char"       # char, byte, gpt2, or bpe: learned from the training stories
+vocab_size = 4096        # of bpe: 256 bytes, end of text, and what is learned
+bpe_sample = 50_000_000  # characters, the first of the training stories, that bpe learns from
+# Machine
+workers = 0              # threads that encode; 0: one for each core
+chunk_size = 1_000_000   # bytes that one of them encodes at a time
+hub = "https://huggingface.co"  # or a mirror of it
+# Output
+dataset = ""             # folder under data/; empty: tinystories_<tokenizer>, grammar_<tokenizer>
+settings = configure(globals())
+
+HUB_FILES = {"tinystories": ("TinyStories-train.txt", "TinyStories-valid.txt"),
+             "tinystories_v2": ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
+LONGEST = 16_000_000     # bytes; what is longer is no story
+SPLITS = ("train", "val", "test")
+
+
+def main():
+    check_settings()
+    kind = "grammar" if source == "grammar" else "tinystories"
+    folder = Path("data") / (dataset or f"{kind}_{tokenizer}")
+    own = source not in HUB_FILES and kind != "grammar"
+    paths = text_files("source", source) if own else []
+    val_paths = text_files("val_source", val_source) if val_source not in ("", "official") else []
+    made_by = {name: value for name, value in settings.items()
+               if name not in ("workers", "chunk_size", "hub", "dataset")}
+    made_by["sha256"] = sha256_of_all(paths + val_paths)  # of what is not a download
+    if is_complete(folder, made_by):
+        print(f"{folder} is there already, made from the same stories with the same settings")
+        return
+
+    nats = None  # the surprise of each story, where it is known
+    with stop_on_error():
+        if source in HUB_FILES:
+            paths = [from_hub(HUB_FILES[source][0], max_stories)]
+        if val_source == "official":
+            val_paths = [from_hub(HUB_FILES[source][1])]
+        if kind == "grammar":
+            paths = [Path("data/grammar.txt")]
+            nats = write_grammar(paths[0], max_stories or 20_000)
+        read = survey(paths, max_stories)
+        if source in HUB_FILES:
+            read["sha256"] = sha256_of_all(paths + val_paths)
+        split_of = assign_splits(read["stories"])
+        splits = {name: partial(stories_of, paths, split_of == number)
+                  for number, name in enumerate(SPLITS) if (split_of == number).any()}
+        if val_paths:
+            count = survey(val_paths)["stories"]
+            splits["val"] = partial(stories_of, val_paths, np.ones(count, bool))
+        made = make_tokenizer(splits)
+        if nats is not None:
+            nats = {name: nats[split_of == SPLITS.index(name)].sum() for name in splits}
+        write_dataset(folder, {name: stories() for name, stories in splits.items()}, made, made_by,
+                      EOT, workers or min(16, os.cpu_count()), nats, **read)
+    config = ("quickstart" if kind == "grammar" else
+              "tinystories_char" if tokenizer == "byte" else f"tinystories_{tokenizer}")
+    print(f"next: python train.py config/{config}.py --dataset={folder.name}")
+
+
+def check_settings():
+    if tokenizer not in ("char", "byte", "gpt2", "bpe"):
+        stop(f"--tokenizer must be char, byte, gpt2 or bpe, not {tokenizer!r}", 2)
+    if not 0 < fraction <= 1:
+        stop(f"--fraction must be above 0 and at most 1, not {fraction}", 2)
+    for name in ("val_fraction", "test_fraction"):
+        if not 0 <= settings[name] < 1:
+            stop(f"--{name} must be from 0 to below 1, not {settings[name]}", 2)
+    if val_fraction + test_fraction >= 1:
+        stop("--val_fraction and --test_fraction must leave something to train on", 2)
+    if tokenizer == "bpe" and not 257 <= vocab_size <= 2 ** 16:
+        stop(f"--vocab_size must be from 257 to 65536, not {vocab_size}", 2)
+    for name in ("max_stories", "workers", "seed"):
+        if settings[name] < 0:
+            stop(f"--{name} must not be negative, not {settings[name]}", 2)
+    for name in ("chunk_size", "bpe_sample"):
+        if settings[name] < 1:
+            stop(f"--{name} must be at least 1, not {settings[name]}", 2)
+    if val_source == "official" and source not in HUB_FILES:
+        stop("--val_source=official goes with --source=tinystories or tinystories_v2", 2)
+    if val_source and source == "grammar":
+        stop("--source=grammar makes its own validation stories, leave --val_source away", 2)
+    if Path(dataset).name != dataset:
+        stop(f"--dataset must be the plain name of a folder under data/, not {dataset!r}", 2)
+
+
+# ---- where stories come from ----
+
+def text_files(name, path):
+    """The file at path, or the .txt files of the folder there, in the order of their names."""
+    found = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.txt"))
+    if not found:
+        stop(f"--{name}={path}: no such file, nor a folder of .txt files", 2)
+    return found
+
+
+def sha256_of_all(paths):
+    """One hexadecimal digest of the files, or of the grammar where that is the source."""
+    digest = hashlib.sha256(repr(GRAMMAR).encode() if source == "grammar" else b"")
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def from_hub(name, wanted=0):
+    """The path of a file of roneneldan/TinyStories under data/. With wanted > 0 the download ends
+    where so many stories have come."""
+    path = Path("data") / name
+    url = f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{name}"
+    limit = 500 * wanted  # a story is longer: what has come then tells how much longer
+    if not path.exists():
+        print(f"downloading {url}")
+    while not path.exists():
+        part = download((url,), path, "pass stories of your own with --source=FILE, or synthetic "
+                        "ones with --source=grammar", limit=limit)
+        if part != path:
+            whole = (filter(None, stories) for stories in read_stories([part], chunk_size, False))
+            found = sum(1 for stories in whole for story in stories)
+            if found >= wanted:
+                return part
+            limit = int(1.02 * part.stat().st_size * wanted / max(found, 1)) + 10_000
+    return path
+
+
+def read_stories(paths, size, tail=True):
+    """Lists of stories, stripped and some of them empty, each list from about size bytes of the
+    files. What follows a file's last EOT counts as a story with tail. Raises OSError, ValueError."""
+    for path in paths:
+        with open(path, "rb") as file:
+            rest, length = b"", path.stat().st_size
+            while block := file.read(size):
+                text, mark, rest = (rest + block).rpartition(EOT.encode())
+                if len(rest) > LONGEST:
+                    raise ValueError(f"{path} has {len(rest):,} bytes without an {EOT}, "
+                                     f"write one behind each story")
+                if mark:
+                    yield split_stories(text, path, file.tell() - len(rest + mark + text))
+                if sys.stderr.isatty():
+                    print(f"\r{path.name}: {file.tell() / 1e6:.0f} of {length / 1e6:.0f} MB ",
+                          end="\n" if file.tell() == length else "", file=sys.stderr)
+            if tail and rest.strip():
+                yield split_stories(rest, path, length - len(rest))
+
+
+def split_stories(raw, path, at):
+    try:
+        return [story.strip() for story in raw.decode().split(EOT)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {at + error.start}, convert it first, "
+                         f"as iconv does") from None
+
+
+def survey(paths, most=0):
+    """How many stories there are, most at most, how many were empty (these are left out) and how
+    many repeat an earlier one (these are kept)."""
+    hashes, empty = array("q"), 0  # 8 bytes a story
+    for story in (s for stories in read_stories(paths, chunk_size) for s in stories):
+        if most and len(hashes) == most:
+            break
+        if story:
+            hashes.append(hash(story))
+        else:
+            empty += 1
+    if not hashes:
+        raise ValueError(f"{paths[0]} holds no stories, give another --source")
+    repeated = len(hashes) - len(np.unique(hashes))
+    print(f"{len(hashes):,} stories, {repeated:,} of them repeated; {empty:,} empty ones left out")
+    return {"stories": len(hashes), "empty": empty, "repeated": repeated}
+
+
+def assign_splits(count):
+    """(count,) the number of each story's split in SPLITS, len(SPLITS) where it is not used."""
+    order = np.arange(count, dtype=np.uint32)
+    np.random.default_rng(seed).shuffle(order)
+    used = round(fraction * count)
+    val = 0 if val_source else round(val_fraction * used)
+    test = round(test_fraction * used)
+    for name, share, stories in (("val", val_fraction, val or val_source),
+                                 ("test", test_fraction, test), ("train", 1, used - val - test)):
+        if share and not stories:
+            raise ValueError(f"{count:,} stories are too few for a {name} split")
+    split_of = np.full(count, len(SPLITS), np.uint8)
+    for number, some in enumerate(np.split(order[:used], (used - val - test, used - test))):
+        split_of[some] = number
+    return split_of
+
+
+def stories_of(paths, wanted):
+    """Lists of those stories, none empty, for which wanted, an array of booleans, is true."""
+    at = 0
+    for stories in read_stories(paths, chunk_size):
+        stories = list(filter(None, stories))
+        some = wanted[at:at + len(stories)]
+        at += len(stories)
+        if some.any():
+            yield [story for story, is_wanted in zip(stories, some) if is_wanted]
+        if at >= len(wanted):
+            return
+
+
+# ---- tokenizers that learn from the stories ----
+
+def make_tokenizer(splits):
+    """The tokenizer that the settings ask for, given {split: function that reads its stories}."""
+    if tokenizer == "char":
+        return CharTokenizer("".join(sorted({"\3"} | characters_of(splits))))
+    if tokenizer == "bpe":
+        tokens = learn_bpe(count_pieces(splits["train"]()), vocab_size - 257)
+        return tokenizer_from({"kind": "bpe", "tokens": [t.decode("latin-1") for t in tokens]})
+    return tokenizer_from({"kind": tokenizer})
+
+
+def characters_of(splits):
+    """The set of characters in all splits. Only what is not ASCII, or new, is looked at closely."""
+    found, known = set(), b""
+    for stories in (s for read in splits.values() for s in read()):
+        found |= set("".join(stories).encode().translate(None, known).decode())
+        known = "".join(c for c in found if c.isascii()).encode()
+    if "\3" in found:
+        raise ValueError("the stories hold U+0003, which char keeps for end of text, remove it or "
+                         "use --tokenizer=byte")
+    return found
+
+
+def count_pieces(batches):
+    """{piece: how often it occurs in the first bpe_sample characters of the stories}."""
+    counts, left = Counter(), bpe_sample
+    for story in (s for stories in batches for s in stories):
+        if left <= 0:
+            break
+        counts.update(re.findall(PIECES, story))
+        left -= len(story)
+    return counts
+
+
+def learn_bpe(counts, merges):
+    """Tokens in the order learned: starting from bytes, the two neighbours that meet most often in
+    {piece: count} become one token, up to merges times (Sennrich et al. 2016, algorithm 1). Ties go
+    to the smallest bytes. learn_bpe({"banana": 1, "ban": 2}, 2) is [b"an", b"ban"]."""
+    words = [[bytes([byte]) for byte in piece.encode()] for piece in counts]
+    times = list(counts.values())
+    met = Counter()             # {token that two neighbours would make: how often they meet}
+    where = defaultdict(set)    # {the same: in which words}
+    for i, word in enumerate(words):
+        for pair in map(bytes.__add__, word, word[1:]):
+            met[pair] += times[i]
+            where[pair].add(i)
+
+    heap = [(-count, pair) for pair, count in met.items()]
+    heapq.heapify(heap)
+    tokens = []
+    while heap and len(tokens) < merges:
+        count, token = heapq.heappop(heap)
+        if -count < 2:
+            break  # what was met once is no pattern
+        if -count != met[token]:
+            continue  # its count has changed since, and it was pushed again
+        tokens.append(token)
+        changed = set()
+        for i in where.pop(token):
+            for pair in map(bytes.__add__, words[i], words[i][1:]):
+                met[pair] -= times[i]
+                changed.add(pair)
+            words[i] = merge(words[i], token)
+            for pair in map(bytes.__add__, words[i], words[i][1:]):
+                met[pair] += times[i]
+                where[pair].add(i)
+                changed.add(pair)
+        for pair in changed - {token}:
+            heapq.heappush(heap, (-met[pair], pair))
+    return tokens
+
+
+def merge(word, token):
+    """word, a list of tokens, with any two neighbours that spell token made one."""
+    merged = []
+    for part in word:
+        if merged and merged[-1] + part == token:
+            merged[-1] = token
+        else:
+            merged.append(part)
+    return merged
+
+
+# ---- synthetic stories whose entropy is known ----
+
+# {rule: its options, all equally likely}. {:rule} writes an option of that rule, {name:rule} also
+# remembers it, {name} repeats it; he, him and his follow the hero. No option of a rule begins with
+# another one, up to the first choice inside it, so a story can have been written in one way only
+# and its probability is the product of its choices'.
+GRAMMAR = {
+    "story": ["{:opening}{:hero}{He} was {:trait} and loved to {hobby:hobby}.\n"
+              "One {:weather} {:time}, {name} took {his} {colour:colour} {thing:thing} to the "
+              "{place:place}. {:sight}\n{:problem}\n{:thanks}{:evening}{:lesson}"],
+
+    "opening": ["Once upon a time, there lived ", "Long ago, there lived ",
+                "In a small village, there lived ", "Far away, by the sea, there lived ",
+                "At the edge of a forest, there lived ", "High on a green hill, there lived ",
+                "Beside a wide river, there lived ", "Not so long ago, there lived "],
+    "hero": ["a girl named {name:girl}. ", "a boy named {name:boy}. ",
+             "a little {:animal} named {name:pet}. "],
+    "girl": "Lily Mia Anna Sue Rosie Ella Nora Zoe Ruby Ivy Clara Jane".split(),
+    "boy": "Tom Ben Max Sam Leo Jack Finn Oscar Noah Hugo Pete Will".split(),
+    "pet": "Pip Coco Bramble Dot Moss Hazel Nutmeg Biscuit Fern Toffee Button Acorn".split(),
+    "animal": "fox rabbit bear duck mouse frog hedgehog squirrel kitten puppy goose lamb".split(),
+    "trait": "kind brave shy curious clever cheerful quiet gentle funny careful proud busy".split(),
+    "hobby": ["sing", "climb", "paint", "dance", "explore", "build towers", "tell jokes", "bake",
+              "collect shells", "look at the stars", "listen to music", "jump in puddles"],
+    "weather": "sunny windy rainy cold warm cloudy foggy bright quiet frosty".split(),
+    "time": "morning afternoon day evening".split(),
+    "colour": "red blue green yellow purple silver golden pink white brown".split(),
+    "thing": "ball kite hat boat drum cup doll bell lamp scarf wagon flute mirror ring".split(),
+    "place": "park forest beach market river farm hill bridge garden meadow lake castle".split(),
+
+    "sight": ["There {he} saw {:number} {:creatures} {:doing}.",
+              "The {colour} {thing} looked {:look} there.",
+              "On the way {he} met {:somebody}, who {:greeting}.",
+              "It smelled of {:smell}, and {name} {:joy}."],
+    "number": "two three four five six seven".split(),
+    "creatures": "birds butterflies snails bees lizards crabs".split(),
+    "doing": ["playing", "resting", "hiding", "sleeping", "in a row", "under a leaf"],
+    "look": "lovely small strange new perfect wonderful".split(),
+    "somebody": ["a postman", "two sisters", "the king", "an uncle", "a singer", "a knight"],
+    "greeting": ["waved", "smiled", "said hello", "was in a hurry", "told a joke", "bowed"],
+    "smell": "flowers bread rain apples honey smoke".split(),
+    "joy": ["laughed", "danced about", "felt happy", "took a deep breath", "began to hum"],
+
+    "problem": [
+        "Then the {colour} {thing} was gone! {name} looked {:near} and {:far} but could not find "
+        "it. {:helper}\"I saw it {:spot},\" said the {helper}. And there it was.",
+        "But the {colour} {thing} got stuck {:stuck}. {name} tried to {:try}, and it did not help. "
+        "{:helper}The {helper} {:reach} and got the {thing} down.",
+        "Oh no! {name} tripped over {:obstacle} and the {thing} broke. {He} {:cry}. {:helper}"
+        "The {helper} mended the {colour} {thing} with {:tool}.",
+        "Soon it grew dark, and {name} did not know the way home. {He} heard {:noise} and {:fear}. "
+        "{:helper}The {helper} {:guide} until they saw {:landmark}.",
+        "After a while {he} was hungry, but {he} had only {:snack}. {:helper}The {helper} had "
+        "{:food}, and {name} gave the {helper} a turn with the {colour} {thing}.",
+        "Suddenly {:storm}. {name} hid {:shelter} and held the {thing} tight. {:helper}\"{:comfort}"
+        ",\" said the {helper}, and soon it was over.",
+        "A {:mood} child sat there alone and {:wish}. {name} thought of the {thing}. {:helper}"
+        "\"Give and you will be {:reward},\" said the {helper}. So {he} gave it away."],
+    "helper": ["An old {helper:job} came along. ", "Just then a {helper:job} came by. ",
+               "Luckily, a {helper:job} heard {him}. "],
+    "job": "turtle crow goat dog horse cat farmer baker sailor gardener hunter miller".split(),
+    "near": ["under the bench", "behind a bush", "in the grass", "beside the path"],
+    "far": ["up the road", "down by the well", "at the gate", "near the wall"],
+    "spot": ["in the pond", "on the roof", "inside a hollow log", "under your feet",
+             "by the fence"],
+    "stuck": ["in a tall tree", "on the roof", "between two rocks", "over a door", "at the top"],
+    "try": ["climb up", "shake it", "throw a stone", "push with a stick", "blow very hard"],
+    "reach": ["fetched a ladder", "jumped high", "used a long rope", "called a friend"],
+    "obstacle": ["a root", "the step", "a loose brick", "some stones", "an empty box"],
+    "cry": ["cried", "sat down and sighed", "did not know what to do", "felt very sorry"],
+    "tool": ["glue", "a piece of string", "two nails", "some tape", "needle and thread"],
+    "noise": ["an owl", "the wind", "footsteps", "a howl", "something in the leaves"],
+    "fear": ["shivered", "wanted to cry", "held the {thing} tight", "stood very still"],
+    "guide": ["lit a lantern", "led the way", "walked ahead", "took {his} hand"],
+    "landmark": ["the village", "the old mill", "a lit window", "the church"],
+    "snack": ["a dry crust", "one nut", "some water", "half a carrot"],
+    "food": ["warm soup", "a big cake", "berries", "cheese and bread", "plenty of plums"],
+    "storm": ["it began to rain", "thunder rolled", "a cold wind blew", "snow fell"],
+    "shelter": ["in a cave", "under a cart", "below the stairs", "behind a wall"],
+    "comfort": ["Do not be afraid", "Stay close to me", "Clouds always pass", "Let us sing"],
+    "mood": "sad lonely poor tired".split(),
+    "wish": ["wished for a friend", "had nothing to play with", "looked at the ground"],
+    "reward": "happy rich in friends|loved|glad|proud of it".split("|"),
+
+    "thanks": ["Gladly {name} thanked the {helper} {:thankful}. ", "\"Thank you, {:praise} {helper}!\" said "
+               "{name}. ", "The {helper} only smiled. "],
+    "thankful": ["with a hug", "again and again", "and bowed", "politely"],
+    "praise": "dear good kind clever".split(),
+    "evening": ["That night {name} {:night}. ", "At home {he} {:home}. ",
+                "In the evening {he} wanted to {hobby}, and so {he} did. "],
+    "night": ["slept very well", "dreamed of the {place}", "told the moon about it",
+              "was too happy to sleep"],
+    "home": ["ate a big supper", "told everything", "put the {colour} things away",
+             "fell asleep at once"],
+    "lesson": ["And {name} never went to the {place} alone again.",
+               "From that day on, {he} {:habit}.",
+               "The {helper} and {name} stayed friends for ever."],
+    "habit": ["was always careful", "helped everyone", "shared everything", "was never afraid",
+              "looked twice"],
+}
+HEROES = {"girl": "she her her", "boy": "he him his", "pet": "it it its"}
+
+
+def write_story(rng, grammar=GRAMMAR, rule="story", said=None):
+    """(text, nats): what rule writes, and -ln of the probability of the choices made."""
+    said = {} if said is None else said
+    options = grammar[rule]
+    text, nats = "", math.log(len(options))
+    for literal, name, choice, _ in Formatter().parse(rng.choice(options)):
+        text += literal
+        if choice:
+            said[name], more = write_story(rng, grammar, choice, said)
+            nats += more
+            if choice in HEROES:
+                he, him, his = HEROES[choice].split()
+                said |= {"he": he, "He": he.capitalize(), "him": him, "his": his}
+        if name is not None:
+            text += said[name]
+    return text, nats
+
+
+def write_grammar(path, count):
+    """Writes count stories to path; returns the nats of each, (count,)."""
+    rng = random.Random(seed)
+    nats = np.empty(count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        for i in range(count):
+            text, nats[i] = write_story(rng)
+            file.write(f"{text}\n{EOT}\n".encode())
+    return nats
+
+
+if __name__ == "__main__":
+    main()
