@@ -87,11 +87,11 @@ def sha256_of(path):
 
 
 def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
-    """Fetches a file to path, from the first of urls that serves it whole, and checks its sha256 (or
-    what the Hugging Face Hub states in X-Linked-Etag). A broken transfer goes on where it stopped,
-    at path.part; after tries rounds in which nothing came, wait, 2 * wait, ... seconds apart,
-    raises OSError with what each url answered, and the remedy. With limit, the first so many bytes
-    are enough and stay at path.part. Returns the path of what there is now."""
+    """Fetches a file to path from the first of urls that serves it whole, with this sha256 (or the
+    one the Hugging Face Hub states in X-Linked-Etag). A broken transfer goes on where it stopped,
+    at path.part; after tries rounds that brought nothing, wait, 2 * wait, ... seconds apart, raises
+    OSError with what each url answered, and the remedy. With limit, that many bytes are enough and
+    stay at path.part. Returns the path of what there is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     if 0 < limit <= size_of(part):

@@ -34,7 +34,7 @@ fraction = 1.0           # share of these that is used, drawn at random
 # Splits, by whole stories
 val_fraction = 0.1       # of the stories used, drawn at random
 test_fraction = 0.0
-val_source = ""          # official: the dataset's own validation file; or a FILE; empty: val_fraction
+val_source = ""          # official: the dataset's validation file; or a FILE; empty: val_fraction
 seed = 1337              # of every draw
 # Tokenizer
 tokenizer = "char"       # char, byte, gpt2, or bpe: learned from the training stories
@@ -162,8 +162,8 @@ def from_hub(name, wanted=0):
 
 
 def read_stories(paths, size, tail=True):
-    """Lists of stories, stripped and some of them empty, each list from about size bytes of the
-    files. What follows a file's last EOT counts as a story with tail. Raises OSError, ValueError."""
+    """Lists of stories, stripped and some of them empty, each list from about size bytes of a file.
+    With tail, what follows the last EOT is a story, too. Raises OSError or ValueError."""
     for path in paths:
         with open(path, "rb") as file:
             rest, length = b"", path.stat().st_size
@@ -405,8 +405,8 @@ GRAMMAR = {
     "wish": ["wished for a friend", "had nothing to play with", "looked at the ground"],
     "reward": "happy rich in friends|loved|glad|proud of it".split("|"),
 
-    "thanks": ["Gladly {name} thanked the {helper} {:thankful}. ", "\"Thank you, {:praise} {helper}!\" said "
-               "{name}. ", "The {helper} only smiled. "],
+    "thanks": ["Gladly {name} thanked the {helper} {:thankful}. ",
+               "\"Thank you, {:praise} {helper}!\" said {name}. ", "The {helper} only smiled. "],
     "thankful": ["with a hug", "again and again", "and bowed", "politely"],
     "praise": "dear good kind clever".split(),
     "evening": ["That night {name} {:night}. ", "At home {he} {:home}. ",

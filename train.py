@@ -574,7 +574,8 @@ def print_summary(progress, rows, counts, run_dir, target):
               f"{math.exp(loss):.3f}, {bits_per_character(loss, counts):.4f} bits per character, "
               f"in {run_dir}/best.pt")
         if floor := counts.get("nats_per_token"):
-            print(f"the text's own entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
+            print(f"the text's own entropy is {floor:.4f}, the loss "
+                  f"{loss / floor - 1:.1%} above it")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: "
           f"{done * rows * block_size / max(seconds, 1e-9):,.0f} tokens/s, "
           f"peak memory {peak_memory(target) / 1e6:,.0f} MB")

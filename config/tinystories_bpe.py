@@ -1,5 +1,6 @@
-"""TinyStories in 4096 byte-pair tokens of its own, 4 layers of 256: 4,273,664 parameters. A lunch break
-on two CPU cores; an hour of a GPU affords --n_layer=8 --n_embd=512 --batch_size=64
+"""TinyStories in 4096 byte-pair tokens of its own, 4 layers of 256: 4,273,664 parameters.
+
+A lunch break on two CPU cores; an hour of a GPU affords --n_layer=8 --n_embd=512 --batch_size=64
 --learning_rate=3e-3 --max_iters=20000 (not measured).
 
 Data: python prepare_tinystories.py config/tinystories_bpe.py
