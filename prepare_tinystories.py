@@ -101,11 +101,8 @@ def check_settings():
         stop(f"--tokenizer must be char, byte, gpt2 or bpe, not {tokenizer!r}", 2)
     if not 0 < fraction <= 1:
         stop(f"--fraction must be above 0 and at most 1, not {fraction}", 2)
-    for name in ("val_fraction", "test_fraction"):
-        if not 0 <= settings[name] < 1:
-            stop(f"--{name} must be from 0 to below 1, not {settings[name]}", 2)
-    if val_fraction + test_fraction >= 1:
-        stop("--val_fraction and --test_fraction must leave something to train on", 2)
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        stop("--val_fraction and --test_fraction must be 0 or above and leave some to train on", 2)
     if tokenizer == "bpe" and not 257 <= vocab_size <= 2 ** 16:
         stop(f"--vocab_size must be from 257 to 65536, not {vocab_size}", 2)
     for name in ("max_stories", "workers", "seed"):

@@ -144,8 +144,8 @@ def test_killed_at_any_moment_it_finishes_with_the_same_bytes(prepare, monkeypat
     ("a", ["--tokenizer=word"], 2, ["must be char, byte, gpt2 or bpe"]),
     ("a", ["--tokenizer=bpe", "--vocab_size=256"], 2, ["from 257 to 65536"]),
     ("a", ["--fraction=0.0"], 2, ["--fraction must be above 0"]),
-    ("a", ["--val_fraction=1.0"], 2, ["from 0 to below 1"]),
-    ("a", ["--val_fraction=0.6", "--test_fraction=0.4"], 2, ["something to train on"]),
+    ("a", ["--val_fraction=-0.1"], 2, ["must be 0 or above"]),
+    ("a", ["--val_fraction=0.6", "--test_fraction=0.4"], 2, ["leave some to train on"]),
     ("a", ["--chunk_size=0"], 2, ["--chunk_size must be at least 1"]),
     ("a", ["--max_stories=-1"], 2, ["must not be negative"]),
     ("a", ["--dataset=../x"], 2, ["plain name"])])
