@@ -314,24 +314,21 @@ def load_dataset(folder):
         if data[split].per_epoch < 1 or data[split].phases < 1:
             stop(f"{folder}/{split}.bin: {len(tokens):,} tokens are too few for a block_size of "
                  f"{block_size}, use a longer text or a smaller --block_size")
-        describe(split, data[split], meta["splits"][split])
+        counts = meta["splits"][split]
+        line = f"{split}: {len(tokens):,} tokens, {counts['characters']:,} characters"
+        if document_rows:
+            line += f", {data[split].number:,} stories, {data[split].cut:,} of them cut"
+        if data[split].cut:
+            counts.pop("nats_per_token", None)  # of whole stories; their beginnings have another
+        if "nats_per_token" in counts:
+            line += f", entropy {counts['nats_per_token']:.4f}: no honest loss is lower"
+        print(line)
     return meta, tokenizer, data
-
-
-def describe(split, rows, counts):
-    """Prints the size of a split and, where the stories' grammar is known, its entropy."""
-    line = f"{split}: {len(rows.tokens):,} tokens, {counts['characters']:,} characters"
-    if document_rows:
-        line += f", {rows.number:,} stories, {rows.cut:,} of them cut"
-        if rows.cut:
-            counts.pop("nats_per_token", None)  # that of their beginnings is another
-    if "nats_per_token" in counts:
-        line += f", entropy {counts['nats_per_token']:.4f}: no honest loss is lower"
-    print(line)
 
 
 class Windows:
     """The rows of a split of (N,) ids: windows of block_size tokens and the one after."""
+    cut = 0
 
     def __init__(self, tokens):
         self.tokens = tokens
