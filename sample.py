@@ -2,6 +2,7 @@
 
     python sample.py --start="To be, or not to be"
     python sample.py --out_dir=out/shakespeare_cpu --start=FILE:prompt.txt --num_samples=4
+    python sample.py --interactive=True --temperature=0.7 --top_p=0.9
 """
 
 import sys
@@ -10,44 +11,140 @@ from pathlib import Path
 import torch
 
 from config import configure, stop, stop_on_error
-from model import decode_generated, encode_prompt, load_checkpoint, pick_device
+from model import EOT, encode_prompt, load_checkpoint, pick_device
 
 # Model
 out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
 checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"           # of the weights: float32, bfloat16, float16; auto: what is read fastest
 # Text
-start = ""               # what to continue, or FILE:prompt.txt; empty: as the run's own samples do
-num_samples = 1          # drawn side by side, as one batch
+start = ""               # what to continue, or FILE:prompt.txt; empty: as the run's samples do
+interactive = False      # read prompt after prompt from the terminal
+num_samples = 1          # drawn side by side, as one batch; one alone is printed as it comes
 max_new_tokens = 500     # at most: the end of a text ends a sample, too
+stop_at = ""             # a string that ends a sample, and is left out
+seed = 1337              # the same seed and settings write the same text; sample n draws by seed + n
+# How the next token is drawn, in this order
+repetition_penalty = 1.0  # above 1 makes tokens that stand in the text already less likely
 temperature = 0.8        # 0: always the likeliest token; 1: as the model learned it; above: wilder
-top_k = 0                # draw among this many likeliest tokens; 0: among all
-seed = 1337              # the same seed and settings write the same text
+top_k = 0                # draw among this many likeliest tokens; 0, or the vocabulary: among all
+top_p = 1.0              # among the fewest whose probabilities add up to this; 1: among all
+min_p = 0.0              # among those with this share of the likeliest one's probability; 0: all
+# Beam search, without draws and with none of the above
+num_beams = 1            # texts kept side by side; 1: draw
+length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
 settings = configure(globals())
 
 
 def main():
-    for name in ("temperature", "top_k", "max_new_tokens", "seed"):
-        if settings[name] < 0:
-            stop(f"--{name} must not be negative, not {settings[name]}", 2)
-    if num_samples < 1:
-        stop(f"--num_samples must be at least 1, not {num_samples}", 2)
+    check_settings()
     with stop_on_error(2):
         target = pick_device(device)
     path = Path(out_dir or newest_run()) / checkpoint
     with stop_on_error():
         saved = load_checkpoint(path, target)
     model, tokenizer = saved["model"], saved["tokenizer"]
+    model.to(pick_dtype(model, target))
+    if interactive:
+        print(f"{path}, an empty line or Ctrl-D ends", file=sys.stderr)
+        for line in prompts():
+            try:
+                write(model, tokenizer, encode_prompt(tokenizer, line).to(target))
+            except (ValueError, OSError) as error:  # of this prompt alone
+                print(error, file=sys.stderr)
+        return
     with stop_on_error(2):
         begin = start or saved.get("settings", {}).get("start", "")
         idx = encode_prompt(tokenizer, begin).to(target)
     print(f"{path}:", file=sys.stderr)
+    write(model, tokenizer, idx)
 
-    generator = torch.Generator(target).manual_seed(seed)
-    out = model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k, generator,
-                         tokenizer.eot)
-    for number, ids in enumerate(out.tolist()):
-        print("" if number == 0 else "\n----\n", decode_generated(tokenizer, ids), sep="")
+
+def check_settings():
+    for name in ("temperature", "top_k", "max_new_tokens", "seed"):
+        if settings[name] < 0:
+            stop(f"--{name} must not be negative, not {settings[name]}", 2)
+    for name in ("num_samples", "num_beams"):
+        if settings[name] < 1:
+            stop(f"--{name} must be at least 1, not {settings[name]}", 2)
+    if not 0 < top_p <= 1:
+        stop(f"--top_p must be above 0 and at most 1, which keeps all, not {top_p}", 2)
+    if not 0 <= min_p < 1:
+        stop(f"--min_p must be from 0, which keeps all, to below 1, not {min_p}", 2)
+    if repetition_penalty <= 0:
+        stop(f"--repetition_penalty must be above 0, not {repetition_penalty}; 1 is none", 2)
+    if num_beams > 1 and num_samples > 1:
+        stop("--num_beams finds one text, leave --num_samples at 1", 2)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        stop(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}", 2)
+
+
+def pick_dtype(model, target):
+    """What the weights are read in, which takes most of the time: half as many bytes, where the
+    model is large enough to gain and the machine multiplies bfloat16."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    fast = (torch.cuda.is_bf16_supported(False) if target.type == "cuda" else
+            target.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast and model.num_params() > 10e6 else torch.float32
+
+
+def prompts():
+    """Lines typed at the terminal, until one is empty or it is closed."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().removesuffix("\n")
+        if not line:
+            return
+        yield line
+
+
+def write(model, tokenizer, idx):
+    """Prints idx, (1, T), and what follows it, num_samples times."""
+    prompt = tokenizer.decode(idx[0].tolist()).removeprefix(EOT)
+    limits = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size}
+    if num_beams > 1:
+        out = model.beam_search(idx, max_new_tokens, num_beams, length_penalty, **limits)
+        print(prompt + ended(tokenizer.decode(out[0, idx.shape[1]:].tolist()))[0])
+        return
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
+    stream = model.stream(idx.repeat(num_samples, 1), max_new_tokens, generators, **limits,
+                          repetition_penalty=repetition_penalty, temperature=temperature,
+                          top_k=top_k, top_p=top_p, min_p=min_p)
+    rows, texts, printed = [[] for _ in generators], [""] * num_samples, 0
+    if num_samples == 1:
+        print(prompt, end="", flush=True)
+    for ids in stream:
+        for row, token in zip(rows, ids[:, 0].tolist()):
+            row.append(token)
+        texts, done = zip(*(ended(tokenizer.decode(row)) for row in rows))
+        if num_samples == 1:
+            shown = settled(texts[0])
+            print(shown[printed:], end="", flush=True)
+            printed = max(printed, len(shown))
+        if all(done):
+            break
+    if num_samples == 1:
+        print(texts[0][printed:])
+    else:
+        print("\n----\n".join(prompt + text for text in texts))
+
+
+def ended(text):
+    """(text before its end, whether it has ended): at the end of a text or at stop_at."""
+    ends = [text.find(mark) for mark in (EOT, stop_at) if mark and mark in text]
+    return text[:min(ends, default=None)], bool(ends)
+
+
+def settled(text):
+    """The part of a growing text that can be shown: without a character whose bytes have not all
+    come, and without what may become stop_at."""
+    text = text.rstrip("\ufffd")
+    for length in range(min(len(stop_at), len(text)), 0, -1):
+        if text.endswith(stop_at[:length]):
+            return text[:-length]
+    return text
 
 
 def newest_run():

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from config import configure, stop, stop_on_error
-from model import (GPT, GPTConfig, atomic_write, decode_generated, encode_prompt, load_checkpoint,
-                   pick_device, save_checkpoint, tokenizer_from)
+from model import (EOT, GPT, GPTConfig, atomic_write, encode_prompt, load_checkpoint, pick_device,
+                   save_checkpoint, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -530,9 +530,9 @@ def log(metrics, row):
 
 def write_sample(raw, tokenizer, ids, step, path, length=200):
     """Prints how the model goes on from ids (1, T), and appends it to path."""
-    generator = torch.Generator(ids.device).manual_seed(random_seed("sample", step))
-    out = raw.generate(ids, length, generator=generator, eot=tokenizer.eot)[0].tolist()
-    text = decode_generated(tokenizer, out)
+    generator = torch.Generator().manual_seed(random_seed("sample", step))
+    out = raw.generate(ids, length, generators=[generator], eot=tokenizer.eot)
+    text = tokenizer.decode(out[0].tolist()).replace(EOT, "")
     with open(path, "a", encoding="utf-8") as file:
         print(f"---- step {step} ----\n{text}", file=file)
     print(f"---- a sample at step {step} ----\n{text}\n----")

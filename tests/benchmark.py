@@ -2,6 +2,8 @@
 
     python tests/benchmark.py dtype        a training step in float32 and in bfloat16
     python tests/benchmark.py attention    the same in bfloat16, with either attention
+    python tests/benchmark.py sample PATH  writing text with 124M random weights, against nanoGPT (a
+                                           checkout at PATH) and transformers, where installed
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
                                            comprehension, GPT-2's tokens on all cores against
                                            tiktoken on one, and learning 4096 tokens from it
@@ -9,6 +11,7 @@
 Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
 """
 
+import importlib.util
 import os
 import statistics
 import sys
@@ -74,6 +77,49 @@ def attention_kernels():
             "written out": lambda: step(model, rows, torch.bfloat16, attention)})
 
 
+def sample(nanogpt=""):
+    """Tokens per second, medians of interleaved turns, and the share of what reading the weights
+    once a token would allow."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig()).eval().bfloat16()
+    writers = {"ours": lambda idx, n: model.generate(idx, n, top_k=200)}
+    if nanogpt:
+        spec = importlib.util.spec_from_file_location("nanogpt", Path(nanogpt) / "model.py")
+        sys.modules["nanogpt"] = theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        nano = theirs.GPT(theirs.GPTConfig()).eval()
+        writers["nanoGPT"] = lambda idx, n: nano.generate(idx, n, top_k=200)
+    if importlib.util.find_spec("transformers"):
+        import transformers
+        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+        writers["transformers"] = lambda idx, n: gpt2.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n,
+            do_sample=True, top_k=200, pad_token_id=0)
+
+    size = sum(p.nbytes for p in model.parameters())
+    block, seconds = torch.ones(size // 4), []
+    for _ in range(20):
+        began = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - began)
+    floor = statistics.median(seconds)
+    print(f"reading {size / 1e6:.0f} MB of weights takes {1000 * floor:.1f} ms")
+    for batch, tokens, turns in ((1, 200, 3), (8, 200, 2), (1, 1000, 1)):
+        idx, rates = torch.randint(50257, (batch, 16)), {name: [] for name in writers}
+        for write in writers.values():
+            write(idx, 5)
+        for _ in range(turns):
+            for name, write in writers.items():
+                began = time.perf_counter()
+                write(idx, tokens)
+                rates[name].append(batch * tokens / (time.perf_counter() - began))
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        print(f"{batch} x 16 + {tokens} tokens".ljust(32) + "".join(
+            f"{name} {rate:7.1f} tok/s  x{medians['ours'] / rate:5.2f}   "
+            for name, rate in medians.items())
+            + f"{medians['ours'] / batch * floor:.0%} of the floor", flush=True)
+
+
 def encode(path):
     batches = list(read_stories([Path(path)], 1_000_000))
     texts = ["".join(batch) for batch in batches]
@@ -97,7 +143,8 @@ def encode(path):
 
 
 if __name__ == "__main__":
-    wanted = {"dtype": dtype, "attention": attention_kernels, "encode": encode}
+    wanted = {"dtype": dtype, "attention": attention_kernels, "encode": encode,
+              "sample": sample}
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     wanted[sys.argv[1]](*sys.argv[2:])

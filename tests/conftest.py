@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # models this small are faster so, and much faster on 
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from model import BPETokenizer  # noqa: E402
+from model import GPT, BPETokenizer, GPTConfig  # noqa: E402
 
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die.\n"
 
@@ -67,6 +67,21 @@ def gpt2():
         return BPETokenizer({"kind": "gpt2"})
     except OSError:
         pytest.skip("GPT-2's tokenizer is not at hand and cannot be downloaded")
+
+
+@pytest.fixture
+def transformers_twins():
+    """(ours, theirs): a GPT and transformers' GPT2LMHeadModel with the same random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=65, n_positions=16, n_embd=32, n_layer=3, n_head=4)).eval()
+    ours = GPT(GPTConfig(16, 65, 3, 4, 32)).eval()
+    weights = {name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()}
+    transposed = ("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")
+    ours.load_state_dict({name: w.T if name.endswith(transposed) else w
+                          for name, w in weights.items() if not name.endswith(".attn.bias")})
+    return ours, theirs
 
 
 TINY = ("--dataset=verse --out_dir=out/tiny --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 "

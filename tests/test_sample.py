@@ -1,5 +1,6 @@
 """sample.py: which model it takes, that a seed fixes the text, and what a bad prompt is told."""
 
+import io
 import os
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--start=FILE:latin.txt"], 2, ["latin.txt is not UTF-8 at byte 0"]),
     (["--temperature=-1"], 2, ["--temperature must not be negative"]),
     (["--num_samples=0"], 2, ["--num_samples must be at least 1"]),
+    (["--num_beams=0"], 2, ["--num_beams must be at least 1"]),
+    (["--num_beams=2", "--num_samples=2"], 2, ["leave --num_samples at 1"]),
+    (["--top_p=0.0"], 2, ["--top_p must be above 0 and at most 1"]),
+    (["--top_p=2.0"], 2, ["--top_p must be above 0 and at most 1"]),
+    (["--min_p=1.0"], 2, ["--min_p must be from 0"]),
+    (["--repetition_penalty=0.0"], 2, ["--repetition_penalty must be above 0"]),
+    (["--dtype=int8"], 2, ["--dtype must be auto"]),
     (["--out_dir=out/nope"], 1, ["out/nope/best.pt: no such checkpoint"]),
 ])
 def test_a_bad_prompt_or_setting_is_told_what_to_do(sample, arguments, status, words):
@@ -68,3 +76,52 @@ def test_a_bad_prompt_or_setting_is_told_what_to_do(sample, arguments, status, w
 
 def test_before_any_training_it_says_what_to_do(run):
     one_sentence(run("sample.py"), 1, "no best.pt under out/")
+
+
+# ---- how it writes ----
+
+def test_streamed_or_not_the_text_is_the_same(sample):
+    """A batch is not streamed; its rows draw by --seed plus their number."""
+    three = sample("--num_samples=3", "--seed=5").out.removesuffix("\n").split("\n----\n")
+    alone = [sample(f"--seed={5 + row}").out.removesuffix("\n") for row in range(3)]
+    assert three == alone
+
+
+def test_a_sample_stops_before_the_stop_string_each_row_on_its_own(sample):
+    whole = sample("--num_samples=4").out.removesuffix("\n").split("\n----\n")
+    mark = whole[0][10:12]
+    stopped = sample("--num_samples=4", f"--stop_at={mark}").out.removesuffix("\n")
+    prompt = len("\n")
+    expected = [text[:prompt] + text[prompt:].partition(mark)[0] for text in whole]
+    assert stopped.split("\n----\n") == expected and len(set(map(len, expected))) > 1
+    assert sample(f"--stop_at={mark}").out.removesuffix("\n") == expected[0]
+
+
+def test_what_is_shown_of_a_growing_text_is_never_taken_back(run, monkeypatch):
+    import sample as script
+    monkeypatch.setattr(script, "stop_at", "END")
+    text = "ab é 漢 E EN ENDE"
+    raw, shown = text.encode(), ""
+    for end in range(len(raw) + 1):
+        grown, done = script.ended(raw[:end].decode("utf-8", "replace"))
+        now = grown if done else script.settled(grown)
+        assert now.startswith(shown) and text.startswith(now)
+        shown = now
+    assert shown == "ab é 漢 E EN "
+
+
+def test_prompt_after_prompt(sample, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("From\nThat é\nThat\n\nnever read\n"))
+    result = sample("--interactive=True", "--temperature=0")
+    assert result.status == 0 and "'é'" in result.err
+    alone = [sample(f"--start={start}", "--temperature=0").out for start in ("From", "That")]
+    assert result.out == "".join(alone)
+
+
+def test_beams_write_one_text_without_draws(sample):
+    assert sample("--num_beams=3", "--seed=1").out == sample("--num_beams=3", "--seed=2").out
+    assert sample("--num_beams=3").out != sample("--num_beams=3", "--start=From").out
+
+
+def test_half_the_bytes_on_request(sample):
+    assert len(sample("--dtype=bfloat16").out) == len(sample().out)

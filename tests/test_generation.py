@@ -1,0 +1,185 @@
+"""Generation: the cache against none, filters, greedy and beam search against transformers', draws
+that are each row's own."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, KVCache, draw, filter_logits
+
+
+def lively(**options):
+    """A small model whose predictions vary: 4 layers' worth of larger weights than at the start."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
+                          | options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2 and p.requires_grad:
+                p *= 8
+    return model
+
+
+def ids(*shape):
+    return torch.randint(65, shape, generator=torch.Generator().manual_seed(1))
+
+
+def seeded(rows, seed=0):
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+# ---- the cache ----
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_cached_logits_are_those_of_the_tokens_in_sight(positions, norm, fused):
+    model = lively(positions=positions, norm=norm, fused=fused)
+    idx, cache = ids(3, 48), KVCache(model.config, 3, model.wte.weight)
+    with torch.no_grad():
+        for T in range(1, 49):
+            logits = model.next_logits(idx[:, :T], cache)
+            expected = model(idx[:, cache.start:T])[0][:, -1]
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+            assert min(T, 8) <= T - cache.start <= 16
+
+
+@pytest.mark.parametrize("first", [1, 5, 16, 17, 40])
+def test_a_prompt_is_read_at_once_and_each_token_after_it_alone(first, monkeypatch):
+    model, read = lively(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda new, cache: read.append(new.shape[1])
+                        or hidden(new, cache))
+    assert model.generate(ids(2, first), 100).shape == (2, first + 100)
+    assert read[0] == min(first, 16) and set(read[1:]) <= {1, 8}
+    assert read.count(8) <= 1 + 100 / 8  # past block_size half of it again, every 8 tokens
+
+
+def test_the_cache_is_as_wide_as_the_weights_and_generation_leaves_the_mode():
+    model = lively(dropout=0.5).bfloat16().train()
+    one = model.generate(ids(2, 4), 30, generators=seeded(2))
+    assert model.training and torch.equal(one, model.generate(ids(2, 4), 30, generators=seeded(2)))
+    assert KVCache(model.config, 2, model.wte.weight).kv.dtype == torch.bfloat16
+
+
+def test_one_row_of_bfloat16_is_the_same_product():
+    linear = lively().bfloat16().h[0].mlp.c_fc
+    torch.nn.init.normal_(linear.bias)
+    x = torch.randn(3, 1, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.stack([linear(row) for row in x]), linear(x),
+                                   rtol=0.016, atol=0.004)
+
+
+# ---- filters ----
+
+def kept(logits):
+    return [set(row.isfinite().nonzero()[:, 0].tolist()) for row in logits]
+
+
+@pytest.mark.parametrize("filters", [
+    {"temperature": 0.7}, {"top_k": 5}, {"top_k": 1000}, {"top_p": 0.6}, {"top_p": 0.01},
+    {"min_p": 0.1}, {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
+    {"repetition_penalty": 1.3, "temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.05}])
+def test_filters_are_those_of_transformers(filters):
+    transformers = pytest.importorskip("transformers")
+    logits = 3 * torch.randn(20, 65, generator=torch.Generator().manual_seed(0))
+    seen = ids(20, 12)
+    make = {"repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+            "temperature": transformers.TemperatureLogitsWarper,
+            "top_k": transformers.TopKLogitsWarper, "top_p": transformers.TopPLogitsWarper,
+            "min_p": transformers.MinPLogitsWarper}
+    expected = logits.clone()
+    for name in make:
+        if name in filters:
+            expected = make[name](filters[name])(seen, expected)
+    found = filter_logits(logits, seen, **filters)
+    assert kept(found) == kept(expected)
+    torch.testing.assert_close(found, expected)
+
+
+def test_exactly_k_are_kept_even_among_equals():
+    assert [len(row) for row in kept(filter_logits(torch.zeros(4, 65), top_k=3))] == [3] * 4
+    assert [len(row) for row in kept(filter_logits(torch.zeros(4, 65), temperature=0))] == [1] * 4
+
+
+def test_top_p_keeps_the_fewest_that_reach_it_and_min_p_a_share_of_the_largest():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    for top_p, expected in ((0.3, {0}), (0.41, {0, 1}), (0.69, {0, 1}), (0.75, {0, 1, 2})):
+        assert kept(filter_logits(logits, top_p=top_p)) == [expected]
+    for min_p, expected in ((0.0, {0, 1, 2, 3}), (0.3, {0, 1, 2}), (0.6, {0, 1}), (0.9, {0})):
+        assert kept(filter_logits(logits, min_p=min_p)) == [expected]
+
+
+# ---- draws ----
+
+def test_draws_follow_the_probabilities():
+    logits = torch.randn(1, 65, generator=torch.Generator().manual_seed(0))
+    logits[0, ::2] = -math.inf
+    drawn = draw(logits.expand(50_000, -1), [torch.Generator().manual_seed(0)] * 50_000)
+    found = torch.bincount(drawn[:, 0], minlength=65) / 50_000
+    assert (found - logits[0].softmax(dim=-1)).abs().max() < 0.01 and found[::2].sum() == 0
+
+
+def test_each_row_draws_from_numbers_of_its_own():
+    model = lively()
+    rows = model.generate(ids(1, 4).repeat(3, 1), 40, generators=seeded(3), top_k=20)
+    assert len(set(map(str, rows.tolist()))) == 3
+    for row, generator in zip(rows, seeded(3)):
+        alone = model.generate(ids(1, 4), 40, generators=[generator], top_k=20)
+        assert torch.equal(row, alone[0])
+
+
+def test_generation_ends_each_row_at_its_end_of_text():
+    model, prompt = lively(), ids(50, 1)
+    free = model.generate(prompt, 60, generators=seeded(50))
+    rows = model.generate(prompt, 60, generators=seeded(50), eot=4)
+    ends = []
+    for row, same in zip(rows, free):
+        at = (row[1:] == 4).nonzero()
+        end = 1 + at[0].item() if len(at) else len(row)
+        assert torch.equal(row[:end], same[:end]) and (row[end:] == 4).all()
+        ends.append(end)
+    assert len(set(ends)) > 5
+    first = model.generate(prompt[:1], 1, temperature=0)[0, 1].item()
+    assert model.generate(prompt[:1], 60, temperature=0, eot=first).shape == (1, 2)
+
+
+def test_no_id_beyond_the_tokenizers_appears():
+    assert lively().generate(ids(20, 1) % 10, 40, temperature=9.0, vocab_size=10).max() == 9
+    assert lively().beam_search(ids(1, 1) % 10, 40, 3, vocab_size=10).max() <= 9
+
+
+# ---- against transformers ----
+
+def test_greedy_text_is_that_of_transformers(transformers_twins):
+    ours, theirs = transformers_twins
+    expected = theirs.generate(ids(2, 4), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(ids(2, 4), 12, temperature=0), expected)
+
+
+@pytest.mark.parametrize("beams", [2, 3, 5])
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("ends", [False, True])
+def test_beam_search_is_that_of_transformers(transformers_twins, beams, penalty, ends):
+    ours, theirs = transformers_twins
+    with torch.no_grad():
+        for p in (*ours.parameters(), *theirs.parameters()):
+            p *= 3 if p.dim() == 2 else 1
+    lengths = set()
+    for prompt in ids(6, 4).split(1):
+        likely = ours.generate(prompt, 5, temperature=0)[0, -1].item()
+        eot = likely if ends else None
+        expected = theirs.generate(prompt, max_new_tokens=11, do_sample=False, num_beams=beams,
+                                   length_penalty=penalty, eos_token_id=eot, pad_token_id=0)
+        assert ours.beam_search(prompt, 11, beams, penalty, eot).tolist() == expected.tolist()
+        lengths.add(expected.shape[1])
+    assert lengths == {15} if not ends else min(lengths) < 15 or penalty > 0
+
+
+def test_one_beam_is_greedy_and_the_rows_may_slide():
+    model = lively()
+    assert torch.equal(model.beam_search(ids(1, 4), 40, 1),
+                       model.generate(ids(1, 4), 40, temperature=0))
+    assert model.beam_search(ids(1, 4), 40, 3).shape == (1, 44)
