@@ -120,8 +120,8 @@ class Linear(nn.Linear):
         if (x.numel() == self.in_features and x.dtype == torch.bfloat16 and x.device.type == "cpu"
                 and not torch.is_grad_enabled()):
             x, shape = x.flatten(), (*x.shape[:-1], self.out_features)
-            return (torch.mv(self.weight, x) if self.bias is None else
-                    torch.addmv(self.bias, self.weight, x)).view(shape)
+            y = torch.mv(self.weight, x).view(shape)
+            return y if self.bias is None else y.add_(self.bias)
         return super().forward(x)
 
 
