@@ -17,14 +17,14 @@ from model import EOT, encode_prompt, load_checkpoint, pick_device
 out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
 checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"           # of the weights: float32, bfloat16, float16; auto: what is read fastest
+dtype = "auto"           # of the weights: float32, bfloat16, float16 (CUDA); auto: the fastest
 # Text
-start = ""               # what to continue, or FILE:prompt.txt; empty: as the run's samples do
+start = ""               # what to continue, or FILE:prompt.txt; empty: as the run's samples
 interactive = False      # read prompt after prompt from the terminal
 num_samples = 1          # drawn side by side, as one batch; one alone is printed as it comes
 max_new_tokens = 500     # at most: the end of a text ends a sample, too
 stop_at = ""             # a string that ends a sample, and is left out
-seed = 1337              # the same seed and settings write the same text; sample n draws by seed + n
+seed = 1337              # the same seed and settings, the same text; sample n draws by seed + n
 # How the next token is drawn, in this order
 repetition_penalty = 1.0  # above 1 makes tokens that stand in the text already less likely
 temperature = 0.8        # 0: always the likeliest token; 1: as the model learned it; above: wilder
@@ -82,8 +82,9 @@ def check_settings():
 
 def pick_dtype(model, target):
     """What the weights are read in, which takes most of the time: half as many bytes, where the
-    model is large enough to gain and the machine multiplies bfloat16."""
-    if dtype != "auto":
+    model is large enough to gain and the machine multiplies bfloat16. float16 is for CUDA, as in
+    train.py, whose configs ask for it: elsewhere it means auto."""
+    if dtype != "auto" and (dtype != "float16" or target.type == "cuda"):
         return getattr(torch, dtype)
     fast = (torch.cuda.is_bf16_supported(False) if target.type == "cuda" else
             target.type == "cpu" and torch.cpu._is_avx512_bf16_supported())

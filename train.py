@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from config import configure, stop, stop_on_error
-from model import (EOT, GPT, GPTConfig, atomic_write, encode_prompt, load_checkpoint, pick_device,
-                   save_checkpoint, tokenizer_from)
+from model import (EOT, GPT, GPTConfig, atomic_write, encode_prompt, evaluating, load_checkpoint,
+                   pick_device, save_checkpoint, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -479,11 +479,9 @@ def evaluate(model, rows, target="cpu", max_batches=0):
 def losses(raw, model, data, target):
     """{"train", "val"} losses in nats per token, exact on val, on as many rows of train."""
     cap = eval_iters or math.ceil(data["val"].number / batch_size)
-    raw.eval()
-    found = {"train": evaluate(model, data["train"], target, cap)["loss"],
-             "val": evaluate(model, data["val"], target, eval_iters)["loss"]}
-    raw.train()
-    return found
+    with evaluating(raw):
+        return {"train": evaluate(model, data["train"], target, cap)["loss"],
+                "val": evaluate(model, data["val"], target, eval_iters)["loss"]}
 
 
 def bits_per_character(loss, counts):

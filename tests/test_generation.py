@@ -10,7 +10,7 @@ from model import GPT, GPTConfig, KVCache, draw, filter_logits
 
 
 def lively(**options):
-    """A small model whose predictions vary: 4 layers' worth of larger weights than at the start."""
+    """A small model with weights 8 times those it starts with, so that its predictions vary."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
                           | options)).eval()

@@ -5,7 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import one_sentence
+
+from model import GPT
 
 
 @pytest.fixture
@@ -123,5 +126,11 @@ def test_beams_write_one_text_without_draws(sample):
     assert sample("--num_beams=3").out != sample("--num_beams=3", "--start=From").out
 
 
-def test_half_the_bytes_on_request(sample):
-    assert len(sample("--dtype=bfloat16").out) == len(sample().out)
+def test_the_type_of_the_weights_is_a_choice_and_float16_is_for_gpus(sample, monkeypatch):
+    kinds = []
+    stream = GPT.stream
+    monkeypatch.setattr(GPT, "stream", lambda model, *args, **options: kinds.append(
+        model.wte.weight.dtype) or stream(model, *args, **options))
+    for dtype in ("auto", "bfloat16", "float16"):
+        assert sample(f"--dtype={dtype}").status == 0
+    assert kinds == [torch.float32, torch.bfloat16, torch.float32]
