@@ -9,7 +9,6 @@ name it has in OpenAI's weights, so that those map one to one.
 
 import math
 import os
-import re
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
