@@ -50,9 +50,11 @@ def main():
         print(f"{path}, an empty line or Ctrl-D ends", file=sys.stderr)
         for line in prompts():
             try:
-                write(model, tokenizer, encode_prompt(tokenizer, line).to(target))
+                idx = encode_prompt(tokenizer, line).to(target)
             except (ValueError, OSError) as error:  # of this prompt alone
                 print(error, file=sys.stderr)
+                continue
+            write(model, tokenizer, idx)
         return
     with stop_on_error(2):
         begin = start or saved.get("settings", {}).get("start", "")

@@ -109,8 +109,8 @@ def configure(namespace):
 
 
 def _report(kind, error, trace):
-    """Ctrl-C needs no traceback; anything else uncaught is a bug and gets its own."""
-    if kind is not KeyboardInterrupt:
+    """Ctrl-C and a closed pipe, as by head, need no traceback; anything else uncaught is a bug."""
+    if kind not in (KeyboardInterrupt, BrokenPipeError):
         sys.__excepthook__(kind, error, trace)
 
 
