@@ -9,10 +9,12 @@ name it has in OpenAI's weights, so that those map one to one.
 
 import math
 import os
+import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +86,7 @@ def fused_attention(q, k, v, dropout=0.0):
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T == S <= 256
     if short or T not in (1, S):  # a short step takes 0.6 to 0.95 of the kernel's time
         return attention(q, k, v, dropout)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T == S)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
 
 
 def layer_norm(x, shape, weight, bias=None, eps=1e-5):
@@ -241,6 +243,8 @@ class GPT(nn.Module):
             cache.length += T
         return self.ln_f(x)
 
+    step = hidden  # of one token: all that writing repeats, and what sample.py compiles
+
     def forward(self, idx, targets=None):
         """(B, T) ids -> logits (B, T, V) and, with targets (B, T), the mean loss in nats per token.
         A target of -1 is not counted."""
@@ -265,6 +269,7 @@ class GPT(nn.Module):
 
     # ---- generation ----
 
+    @torch.inference_mode()
     def next_logits(self, idx, cache):
         """(B, T) ids -> (B, V) float logits of the token after them. Only what the cache has not
         seen of idx is computed: one token a call. Where block_size tokens are in it and more come,
@@ -275,7 +280,8 @@ class GPT(nn.Module):
             cache.start = idx.shape[1] - (max(1, room // 2) if cache.length else room)
             cache.length = 0
         new = idx[:, cache.start + cache.length:]
-        return self.lm_head(self.hidden(new, cache)[:, -1]).float()
+        read = self.step if new.shape[1] == 1 else self.hidden
+        return self.lm_head(read(new, cache)[:, -1]).float()
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, generators=None, eot=None, vocab_size=None, **filters):
@@ -346,24 +352,26 @@ def evaluating(model):
 
 
 class KVCache:
-    """Keys and values of the tokens a model has read, (n_layer, 2, B, H, block_size, D) in the type
-    and on the device of like. start: where in its text the first of them stands."""
+    """Keys and values of the tokens a model has read, two (B, H, block_size, D) for each layer, in
+    the type and on the device of like. start: where in its text the first of them stands."""
 
     def __init__(self, config, rows, like):
-        self.kv = like.new_zeros(config.n_layer, 2, rows, config.n_head, config.block_size,
-                                 config.n_embd // config.n_head)
+        shape = rows, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.layers = [(like.new_empty(shape), like.new_empty(shape))
+                       for _ in range(config.n_layer)]
         self.start = self.length = 0
 
     def append(self, layer, k, v):
         """Writes a layer's new k and v, (B, H, T, D); returns all there are, (B, H, S, D)."""
+        keys, values = self.layers[layer]
         end = self.length + k.shape[2]
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
     def reorder(self, rows):
         """Row i goes on from what row rows[i] has read."""
-        self.kv[..., :self.length, :] = self.kv[:, :, rows, :, :self.length]
+        for kept in chain.from_iterable(self.layers):
+            kept[:, :, :self.length] = kept[rows, :, :self.length]
 
 
 def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, top_k=0, top_p=1.0,
@@ -457,6 +465,21 @@ def pick_device(name):
         raise RuntimeError
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here, try auto or cpu") from error
+
+
+def compiled(function, wanted, device, trial, **options):
+    """torch.compile(function) where wanted, auto (on CUDA) or true, and where trial, called with
+    it, succeeds; else function."""
+    if not {"auto": device.type == "cuda", "true": True, "false": False}[wanted]:
+        return function
+    try:
+        faster = torch.compile(function, **options)
+        trial(faster)
+        return faster
+    except RuntimeError as error:  # what torch.compile's errors have in common
+        print(f"torch.compile does not work here ({type(error).__name__}), going on without it",
+              file=sys.stderr)
+        return function
 
 
 # ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (plain JSON) ----

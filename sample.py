@@ -6,18 +6,20 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from config import configure, stop, stop_on_error
-from model import EOT, encode_prompt, load_checkpoint, pick_device
+from model import EOT, compiled, encode_prompt, load_checkpoint, pick_device
 
 # Model
 out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
 checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"           # of the weights: float32, bfloat16, float16 (CUDA); auto: the fastest
+compile = "auto"         # auto (on CUDA), true or false: torch.compile, which begins slowly
 # Text
 start = ""               # what to continue, or FILE:prompt.txt; empty: as the run's samples
 interactive = False      # read prompt after prompt from the terminal
@@ -46,6 +48,7 @@ def main():
         saved = load_checkpoint(path, target)
     model, tokenizer = saved["model"], saved["tokenizer"]
     model.to(pick_dtype(model, target))
+    model.step = compiled(model.step, compile.lower(), target, partial(trial, model), dynamic=True)
     if interactive:
         print(f"{path}, an empty line or Ctrl-D ends", file=sys.stderr)
         for line in prompts():
@@ -80,6 +83,8 @@ def check_settings():
         stop("--num_beams finds one text, leave --num_samples at 1", 2)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         stop(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}", 2)
+    if compile.lower() not in ("auto", "true", "false"):
+        stop(f"--compile must be auto, true or false, not {compile!r}", 2)
 
 
 def pick_dtype(model, target):
@@ -91,6 +96,12 @@ def pick_dtype(model, target):
     fast = (torch.cuda.is_bf16_supported(False) if target.type == "cuda" else
             target.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast and model.num_params() > 10e6 else torch.float32
+
+
+def trial(model, step):
+    """Writes two tokens to as many rows as will be written, the second one by step."""
+    model.step, rows = step, max(num_samples, num_beams)
+    model.generate(torch.zeros(rows, 2, dtype=torch.long, device=model.wte.weight.device), 2)
 
 
 def prompts():

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from config import configure, stop, stop_on_error
-from model import (EOT, GPT, GPTConfig, atomic_write, encode_prompt, evaluating, load_checkpoint,
-                   pick_device, save_checkpoint, tokenizer_from)
+from model import (EOT, GPT, GPTConfig, atomic_write, compiled, encode_prompt, evaluating,
+                   load_checkpoint, pick_device, save_checkpoint, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -126,7 +126,10 @@ def main():
     for part, state in zip(stateful, states):
         if state:  # a scaler's is empty unless it was a float16 run
             part.load_state_dict(state)
-    model = autocast(compiled(raw, autocast, batch(data["train"], 0, 0, target)))
+    example = batch(data["train"], 0, 0, target)
+    model = autocast(compiled(raw.forward, compile.lower(), target, lambda forward:
+                              autocast(forward)(*example)[1].backward()))
+    raw.zero_grad()
 
     rows = batch_size * gradient_accumulation_steps
     steps_per_epoch = data["train"].per_epoch / rows
@@ -235,21 +238,6 @@ def pick_dtype(target):
     if target.type == "cpu" and (n_embd < 128 or not torch.cpu._is_avx512_bf16_supported()):
         return torch.float32
     return torch.bfloat16
-
-
-def compiled(raw, autocast, example):
-    """raw's forward, through torch.compile where wanted and possible."""
-    if not {"auto": raw.wte.weight.is_cuda, "true": True, "false": False}[compile.lower()]:
-        return raw.forward
-    forward = torch.compile(raw.forward)
-    try:
-        autocast(forward)(*example)[1].backward()
-    except RuntimeError as error:  # what torch.compile's errors have in common
-        print(f"torch.compile does not work here ({type(error).__name__}), going on without it")
-        return raw.forward
-    finally:
-        raw.zero_grad()
-    return forward
 
 
 def catch_signals():

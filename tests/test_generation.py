@@ -48,9 +48,9 @@ def test_cached_logits_are_those_of_the_tokens_in_sight(positions, norm, fused):
 @pytest.mark.parametrize("first", [1, 5, 16, 17, 40])
 def test_a_prompt_is_read_at_once_and_each_token_after_it_alone(first, monkeypatch):
     model, read = lively(), []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda new, cache: read.append(new.shape[1])
-                        or hidden(new, cache))
+    for name in ("hidden", "step"):
+        monkeypatch.setattr(model, name, lambda new, cache, real=getattr(model, name):
+                            read.append(new.shape[1]) or real(new, cache))
     assert model.generate(ids(2, first), 100).shape == (2, first + 100)
     assert read[0] == min(first, 16) and set(read[1:]) <= {1, 8}
     assert read.count(8) <= 1 + 100 / 8  # past block_size half of it again, every 8 tokens
@@ -60,7 +60,7 @@ def test_the_cache_is_as_wide_as_the_weights_and_generation_leaves_the_mode():
     model = lively(dropout=0.5).bfloat16().train()
     one = model.generate(ids(2, 4), 30, generators=seeded(2))
     assert model.training and torch.equal(one, model.generate(ids(2, 4), 30, generators=seeded(2)))
-    assert KVCache(model.config, 2, model.wte.weight).kv.dtype == torch.bfloat16
+    assert KVCache(model.config, 2, model.wte.weight).layers[0][0].dtype == torch.bfloat16
 
 
 def test_one_row_of_bfloat16_is_the_same_product():

@@ -69,6 +69,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--min_p=1.0"], 2, ["--min_p must be from 0"]),
     (["--repetition_penalty=0.0"], 2, ["--repetition_penalty must be above 0"]),
     (["--dtype=int8"], 2, ["--dtype must be auto"]),
+    (["--compile=maybe"], 2, ["--compile must be auto, true or false"]),
     (["--out_dir=out/nope"], 1, ["out/nope/best.pt: no such checkpoint"]),
 ])
 def test_a_bad_prompt_or_setting_is_told_what_to_do(sample, arguments, status, words):
@@ -124,6 +125,28 @@ def test_prompt_after_prompt(sample, monkeypatch):
 def test_beams_write_one_text_without_draws(sample):
     assert sample("--num_beams=3", "--seed=1").out == sample("--num_beams=3", "--seed=2").out
     assert sample("--num_beams=3").out != sample("--num_beams=3", "--start=From").out
+
+
+def test_compiled_the_text_is_the_same_and_no_new_length_is_compiled_anew(sample, monkeypatch):
+    graphs, real = [], torch.compile
+    monkeypatch.setattr("torch.compile", lambda function, **options: real(
+        function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options))
+    for options in ((), ("--num_samples=2",), ("--num_beams=2",)):
+        torch.compiler.reset()
+        graphs.clear()
+        assert sample("--compile=True", *options).out == sample(*options).out
+        assert len(graphs) == 2  # one more after a prompt of one token, which is its own case
+
+
+def test_where_torch_compile_fails_the_text_comes_and_a_sentence_says_so(sample, monkeypatch):
+    plain = sample()
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr("torch.compile", broken)
+    result = sample("--compile=true")
+    assert result.out == plain.out
+    assert "torch.compile does not work here (RuntimeError), going on without it" in result.err
 
 
 def test_the_type_of_the_weights_is_a_choice_and_float16_is_for_gpus(sample, monkeypatch):

@@ -329,7 +329,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
         return forward
     monkeypatch.setattr("torch.compile", broken)
     result = train("--compile=true")
-    assert result.status == 0 and "torch.compile does not work here" in result.out
+    assert result.status == 0 and "torch.compile does not work here" in result.err
 
 
 def test_the_first_signal_saves_and_leaves_and_the_run_resumes(verse):
