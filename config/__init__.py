@@ -11,7 +11,10 @@ A script declares its settings as plain lines and ends them with one call:
 
 import ast
 import difflib
+import io
 import math
+import os
+import re
 import runpy
 import sys
 import tokenize
@@ -29,7 +32,7 @@ class Setting(NamedTuple):
 
 def stop(sentence, status=1):
     """Ends the program with one sentence on stderr; status 2 says that a setting was wrong."""
-    print(sentence, file=sys.stderr)
+    print(" ".join(sentence.split())[:900], file=sys.stderr)  # it may quote anything
     sys.exit(status)
 
 
@@ -45,17 +48,18 @@ def stop_on_error(status=1):
 def declared_settings(path):
     """{name: Setting} of a script: every `name = literal` above its call of configure, as written.
     A file that never calls configure, or is no Python, declares none."""
+    source = Path(path).read_bytes()
     try:
-        nodes = ast.parse(Path(path).read_bytes()).body
+        nodes = ast.parse(source).body
     except (SyntaxError, ValueError):
         return {}
     end = next((i for i, node in enumerate(nodes) if _calls_configure(node)), 0)
+    above = b"".join(source.splitlines(keepends=True)[:nodes[end].lineno - 1] if end else [])
     helps, headings = {}, {}
-    with open(path, "rb") as file:
-        for token in tokenize.tokenize(file.readline):
-            if token.type == tokenize.COMMENT:
-                alone = not token.line[:token.start[1]].strip()
-                (headings if alone else helps)[token.start[0]] = token.string.lstrip("# ")
+    for token in tokenize.tokenize(io.BytesIO(above).readline):
+        if token.type == tokenize.COMMENT:
+            alone = not token.line[:token.start[1]].strip()
+            (headings if alone else helps)[token.start[0]] = token.string.lstrip("# ")
     settings = {}
     for node in nodes[:end]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -84,10 +88,11 @@ def configure(namespace):
     if namespace["__name__"] != "__main__":
         return values
     sys.excepthook = _report
-    known = {}  # to any script: a config file may name them all
-    for path in script.parent.glob("*.py"):
-        known |= declared_settings(path)
-    known |= own
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
+    known = own  # to any script: a config file may name them all
+    if any(not argument.startswith("-") for argument in sys.argv[1:]):
+        for path in script.parent.glob("*.py"):
+            known = declared_settings(path) | known
     for argument in sys.argv[1:]:
         if argument.startswith("--") and "=" in argument:
             name, _, text = argument[2:].partition("=")
@@ -109,14 +114,17 @@ def configure(namespace):
 
 
 def _report(kind, error, trace):
-    """Ctrl-C and a closed pipe, as by head, need no traceback; anything else uncaught is a bug."""
-    if kind not in (KeyboardInterrupt, BrokenPipeError):
+    """Ctrl-C and a closed pipe, as by head, need no traceback, and too little memory a sentence;
+    anything else uncaught is a bug."""
+    if issubclass(kind, MemoryError) or re.search("out of memory|can't allocate", str(error)):
+        print("out of memory, make the batch, the context or the model smaller", file=sys.stderr)
+    elif kind not in (KeyboardInterrupt, BrokenPipeError):
         sys.__excepthook__(kind, error, trace)
 
 
 def _run_config(path, folder):
     """The names a config file assigns; the modules it imports and its _names are its own."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # Path.is_file may raise where no file can have that name
         configs = [str(p.relative_to(folder)) for p in folder.glob("config/[!_]*.py")]
         how = "settings are written --name=value" if "=" in path else _suggest(path, configs)
         stop(f"{path}: no such config file{how and ', ' + how}", 2)
