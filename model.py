@@ -431,26 +431,45 @@ def save_checkpoint(path, model, tokenizer, **training):
                     "model": model.state_dict(), **training}, file)
 
 
+def model_from(config, weights):
+    """A GPT with these weights, {name: tensor}. Raises ValueError where they are not what config
+    asks for, before it takes the memory that config asks for."""
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in GPT(config).state_dict().items()
+                  } if config.n_layer <= len(weights) else {}
+    if shapes != {name: w.shape for name, w in weights.items() if w.is_contiguous()}:
+        raise ValueError("its weights are not those of its config")
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model
+
+
 def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, "model" a GPT on device in eval mode, "tokenizer" a tokenizer.
     Raises ValueError or OSError; nothing in the file can run code."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one")
+    others = sorted(other.name for other in path.parent.glob("*.pt") if other != path)
+    remedy = f"try --checkpoint={' or '.join(others)}" if others else "train again"
     try:
-        if not zipfile.is_zipfile(path):  # else torch.load would try a bare pickle, and warn
-            raise ValueError
+        with zipfile.ZipFile(path) as archive:
+            if harmed := archive.testzip():  # holds each member to its CRC, which torch.load skips
+                raise ValueError(harmed)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load has no one exception for a file that is not its own
-        raise ValueError(f"{path} is damaged or not a checkpoint of train.py, use another or "
-                         f"train again ({type(error).__name__})") from error
+    except Exception as error:  # there is no one exception for a file that is damaged
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py, {remedy} "
+                         f"({type(error).__name__})") from error
     try:
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
-        model = GPT(GPTConfig(**checkpoint["config"])).to(device).eval()
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        config = GPTConfig(**checkpoint["config"])
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError("its tokenizer has more tokens than its model")
+        model = model_from(config, checkpoint["model"]).to(device).eval()
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not hold a model of this project, use another or train "
-                         f"again ({type(error).__name__}: {reason})") from error
+        raise ValueError(f"{path} does not hold a model of this project, {remedy} "
+                         f"({type(error).__name__}: {reason})") from error
     return checkpoint | {"model": model, "tokenizer": tokenizer}
 
 
@@ -579,9 +598,9 @@ def gpt2_encoding():
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' errors are OSErrors
-        raise OSError(f"GPT-2's tokenizer could not be downloaded, connect once or let "
-                      f"TIKTOKEN_CACHE_DIR name a folder that holds it "
-                      f"({type(error).__name__})") from error
+        raise ConnectionError(f"GPT-2's tokenizer could not be downloaded, connect once or let "
+                              f"TIKTOKEN_CACHE_DIR name a folder that holds it "
+                              f"({type(error).__name__})") from error
     return tiktoken.Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
                              special_tokens=gpt2._special_tokens)
 

@@ -21,7 +21,7 @@ device = "auto"          # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"           # of the weights: float32, bfloat16, float16 (CUDA); auto: the fastest
 compile = "auto"         # auto (on CUDA), true or false: torch.compile, which begins slowly
 # Text
-start = ""               # what to continue, or FILE:prompt.txt; empty: as the run's samples
+start = ""               # or FILE:prompt.txt; empty: as the run's samples; the context sees its end
 interactive = False      # read prompt after prompt from the terminal
 num_samples = 1          # drawn side by side, as one batch; one alone is printed as it comes
 max_new_tokens = 500     # at most: the end of a text ends a sample, too
@@ -77,6 +77,8 @@ def check_settings():
         stop(f"--top_p must be above 0 and at most 1, which keeps all, not {top_p}", 2)
     if not 0 <= min_p < 1:
         stop(f"--min_p must be from 0, which keeps all, to below 1, not {min_p}", 2)
+    if seed >= 2 ** 63:
+        stop("--seed must be below 2 ** 63", 2)
     if repetition_penalty <= 0:
         stop(f"--repetition_penalty must be above 0, not {repetition_penalty}; 1 is none", 2)
     if num_beams > 1 and num_samples > 1:

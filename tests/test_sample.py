@@ -68,6 +68,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--top_p=2.0"], 2, ["--top_p must be above 0 and at most 1"]),
     (["--min_p=1.0"], 2, ["--min_p must be from 0"]),
     (["--repetition_penalty=0.0"], 2, ["--repetition_penalty must be above 0"]),
+    ([f"--seed={2 ** 63}"], 2, ["--seed must be below"]),
     (["--dtype=int8"], 2, ["--dtype must be auto"]),
     (["--compile=maybe"], 2, ["--compile must be auto, true or false"]),
     (["--out_dir=out/nope"], 1, ["out/nope/best.pt: no such checkpoint"]),
