@@ -3,6 +3,7 @@
     python train.py config/shakespeare_cpu.py
     python train.py config/shakespeare_cpu.py --n_layer=6 --out_dir=out/deeper
     python train.py config/shakespeare_cpu.py --init_from=resume --max_iters=4000
+    torchrun --nproc_per_node=2 train.py config/gpt2_124m.py
 
 Writes out/<run>/best.pt, last.pt and metrics.csv; python sample.py then shows what it learned.
 """
@@ -10,32 +11,36 @@ Writes out/<run>/best.pt, last.pt and metrics.csv; python sample.py then shows w
 import csv
 import json
 import math
+import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from config import configure, stop, stop_on_error
 from model import (EOT, GPT, GPTConfig, atomic_write, compiled, encode_prompt, evaluating,
-                   load_checkpoint, pick_device, save_checkpoint, tokenizer_from)
+                   load_checkpoint, pick_device, save_checkpoint, token_dtype, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
-init_from = "scratch"        # scratch, or resume: go on from out_dir/last.pt
-eval_only = False            # evaluate every split and stop; with resume, of best.pt
+init_from = "scratch"        # scratch, or resume: go on with the run in out_dir
+checkpoint = ""              # which file of it to resume; empty: last.pt, or best.pt to evaluate
+eval_only = False            # evaluate every split and stop
+overwrite = False            # a run from scratch may replace the one in out_dir
 seed = 1337
 # Data
 dataset = "shakespeare_char"  # folder under data/
 batch_size = 64              # sequences per forward pass
 block_size = 256             # longest context, tokens
 document_rows = False        # rows are stories, cut or padded; False: windows of the stream
-gradient_accumulation_steps = 1  # forward and backward passes per step
+gradient_accumulation_steps = 1  # batches per step, shared by the processes where there are many
 # Model
 n_layer = 6
 n_head = 6
@@ -76,6 +81,7 @@ eval_iters = 0               # batches per split; 0: all of val and as many wind
 log_interval = 10            # steps; 0: only with an evaluation
 sample_interval = 0          # steps between samples of the model's text; 0: none
 start = "\n"                 # what those samples continue; FILE:prompt.txt reads a file
+save_interval = 0            # steps between saves of last.pt, besides those after an evaluation
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
 # Machine
 device = "auto"              # auto, cpu, cuda, cuda:1, mps
@@ -85,15 +91,21 @@ settings = configure(globals())
 
 # A resumed run may change these; with any other it would be another run.
 FREE_ON_RESUME = {
-    "out_dir", "init_from", "eval_only", "max_iters", "max_epochs", "patience", "eval_interval",
-    "eval_epochs", "eval_iters", "log_interval", "sample_interval", "start", "snapshot_interval",
-    "device", "dtype", "compile"}
+    "out_dir", "init_from", "checkpoint", "eval_only", "overwrite", "max_iters", "max_epochs",
+    "patience", "eval_interval", "eval_epochs", "eval_iters", "log_interval", "sample_interval",
+    "start", "save_interval", "snapshot_interval", "device", "dtype", "compile"}
+
+# torchrun starts world_size processes and tells each of them its rank. One takes every
+# world_size-th batch of a step, from its rank on; rank 0 prints and writes.
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def main():
-    check_settings()
+    run_dir = Path(out_dir or f"out/{dataset}")
+    check_settings(run_dir)
     with stop_on_error(2):
-        target = pick_device(device)
+        target = join_processes(pick_device(device))
     amp = pick_dtype(target)
     autocast = torch.autocast(target.type, amp, enabled=amp != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
@@ -103,13 +115,15 @@ def main():
     with stop_on_error(2):
         config = GPTConfig(vocab_size=tokenizer.vocab_size, **{n: settings[n] for n in shape})
         prompt = encode_prompt(tokenizer, start) if sample_interval else None
+    require_memory(config, target)
 
     # With the weights and the optimizers' state this is all that a resumed run needs to be the
     # same run: batches and random numbers follow from the step.
-    progress = {"step": 0, "seconds": 0.0, "best_step": 0, "best_loss": math.inf, "stale": 0}
-    run_dir = Path(out_dir or f"out/{dataset}")
+    progress = {"step": 0, "seconds": 0.0, "best_step": 0, "best_loss": math.inf, "stale": 0,
+                "skipped": 0}
+    begin = run_dir / (checkpoint or ("best.pt" if eval_only else "last.pt"))
     if init_from == "resume":
-        saved = load_run(run_dir / ("best.pt" if eval_only else "last.pt"), tokenizer, target)
+        saved = load_run(begin, tokenizer, target, progress)
         raw, progress, states = saved["model"].train(), saved["progress"], saved["states"]
     else:
         torch.manual_seed(random_seed("weights"))
@@ -123,44 +137,49 @@ def main():
     optimizers = make_optimizers(raw)
     scaler = torch.amp.GradScaler(target.type, enabled=amp == torch.float16)
     stateful = [*optimizers, scaler]
-    for part, state in zip(stateful, states):
-        if state:  # a scaler's is empty unless it was a float16 run
-            part.load_state_dict(state)
+    if init_from == "resume":
+        restore(stateful, states, begin)
     example = batch(data["train"], 0, 0, target)
-    model = autocast(compiled(raw.forward, compile.lower(), target, lambda forward:
-                              autocast(forward)(*example)[1].backward()))
+    raw.forward = compiled(raw.forward, compile.lower(), target, lambda forward:
+                           autocast(forward)(*example)[1].backward())
     raw.zero_grad()
+    model = distribute(raw)
+    forward = autocast(model.forward)
 
     rows = batch_size * gradient_accumulation_steps
     steps_per_epoch = data["train"].per_epoch / rows
     steps = math.ceil(max_epochs * steps_per_epoch) if max_epochs else max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
     print(f"{optimizer} on {target} in {str(amp)[6:]}: {steps:,} steps of {rows * block_size:,} "
-          f"tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}")
+          f"tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
+          + (f", {world_size} processes" if world_size > 1 else ""))
     first = progress["step"]
     if first and first >= steps:
-        stop(f"{run_dir}/last.pt has {first} steps already, give a larger --max_iters", 2)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    metrics = open_metrics(run_dir / "metrics.csv", first)
+        stop(f"{begin} has {first} steps already, give a larger --max_iters", 2)
+    metrics = open_metrics(run_dir, first)
     signals = catch_signals()
     began = time.time() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
-        log(metrics, {"step": 0, **losses(raw, model, data, target)})
+        log(metrics, {"step": 0, **losses(raw, forward, data, target)})
 
+    stopped_by = 0  # the signal
     for step in range(first, steps):
         done, step_began = step + 1, time.time()
         lr = learning_rate_at(step, steps)
         loss = torch.zeros((), device=target)
-        for micro in range(gradient_accumulation_steps):
+        for micro in range(rank, gradient_accumulation_steps, world_size):
             x, y = batch(data["train"], step, micro, target)
             torch.manual_seed(random_seed("dropout", step, micro))
-            part = model(x, y)[1] / gradient_accumulation_steps
-            scaler.scale(part).backward()
+            last = micro + world_size >= gradient_accumulation_steps
+            model.require_backward_grad_sync = last or layerdrop > 0
+            part = forward(x, y)[1] / gradient_accumulation_steps
+            scaler.scale(part * world_size).backward()  # the processes' gradients are averaged
             loss += part.detach()
         for one in optimizers:
             scaler.unscale_(one)
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
-        loss = loss.item()
+        loss, *stops = summed(target, loss.item(), *(number in signals for number in STOPPING))
+        stopped_by = next((number for number, seen in zip(STOPPING, stops) if seen), 0)
         # A float16 step whose gradient overflows is skipped by the scaler, which then scales less.
         require_finite(done, loss=loss, gradient=0.0 if scaler.is_enabled() else norm)
         for one in optimizers:
@@ -168,7 +187,9 @@ def main():
                 group["lr"] = lr
             scaler.step(one)
             one.zero_grad()
+        scale = scaler.get_scale()
         scaler.update()
+        progress["skipped"] += scaler.get_scale() < scale
 
         now = time.time()
         row = {"step": done, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * (now - step_began),
@@ -176,7 +197,7 @@ def main():
                "left": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints due
         if every(evaluate_every, done) or done == steps:
-            row |= losses(raw, model, data, target)
+            row |= losses(raw, forward, data, target)
             progress["stale"] += 1
             if row["val"] < progress["best_loss"]:
                 progress |= {"best_loss": row["val"], "best_step": done, "stale": 0}
@@ -187,8 +208,8 @@ def main():
             write_sample(raw, tokenizer, prompt.to(target), done, run_dir / "samples.txt")
         if every(snapshot_interval, done):
             names.append(f"step_{done}.pt")
-        leaving = done == steps or signals or 0 < patience <= progress["stale"]
-        if names or leaving or "val" in row:
+        leaving = done == steps or stopped_by or 0 < patience <= progress["stale"]
+        if names or leaving or "val" in row or every(save_interval, done):
             require_finite(done, val=row.get("val", 0.0),
                            weights=nn.utils.get_total_norm(parameters).item())
             progress |= {"step": done, "seconds": time.time() - began}
@@ -198,14 +219,16 @@ def main():
             break
 
     print_summary(progress, rows, meta["splits"]["val"], run_dir, target)
-    if signals:
+    if world_size > 1:
+        distributed.destroy_process_group()
+    if stopped_by:
         print("to go on, give the same command with --init_from=resume")
-        sys.exit(128 + signals[0])
+        sys.exit(128 + stopped_by)
 
 
 # ---- settings, machine, interruptions ----
 
-def check_settings():
+def check_settings(run_dir):
     """Stops at the first value that cannot work, before anything is loaded or written."""
     for name, choices in {"init_from": ("scratch", "resume"), "lr_schedule": ("cosine", "linear"),
                           "optimizer": ("adamw", "adamw_scratch", "muon"),
@@ -222,6 +245,29 @@ def check_settings():
             stop(f"--{name} must not be negative, not {value}", 2)
     if beta1 >= 1 or beta2 >= 1:
         stop("--beta1 and --beta2 must be below 1", 2)
+    if gradient_accumulation_steps % world_size:
+        stop(f"--gradient_accumulation_steps must be a multiple of the {world_size} processes, "
+             f"not {gradient_accumulation_steps}", 2)
+    if init_from == "scratch" and not (eval_only or overwrite) and any(run_dir.glob("*.pt")):
+        stop(f"{run_dir} holds a run already, go on with it by --init_from=resume, replace it by "
+             f"--overwrite=True or give another --out_dir", 2)
+
+
+def require_memory(config, target):
+    """Stops where not even the weights, their gradients and moments, and the logits of a batch
+    with theirs fit: 16 bytes a parameter, 8 a logit."""
+    C, width = config.n_embd, config.n_inner or 4 * config.n_embd
+    parameters = C * (config.vocab_size + block_size + config.n_layer * (4 * C + 2 * width))
+    needed = 16 * parameters + 8 * batch_size * block_size * config.vocab_size
+    if target.type == "cuda":
+        there = torch.cuda.get_device_properties(target).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        there = math.inf  # Windows does not say
+    if needed > there:
+        stop(f"this model and batch need over {needed / 1e9:,.0f} GB, {target} has "
+             f"{there / 1e9:,.0f}: make --n_layer, --n_embd or --batch_size smaller", 2)
 
 
 def pick_dtype(target):
@@ -246,12 +292,47 @@ def catch_signals():
 
     def receive(number, frame):
         received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in STOPPING:
             signal.signal(each, signal.SIG_DFL)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in STOPPING:
         signal.signal(each, receive)
     return received
+
+
+# ---- many processes ----
+
+def join_processes(target):
+    """Meets the other processes, if there are any; returns the device of this one."""
+    if world_size == 1:
+        return target
+    if target.type == "mps":
+        stop("many processes need CUDA or --device=cpu", 2)
+    if target.type == "cuda":
+        target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(target)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    distributed.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    return target
+
+
+def distribute(raw):
+    """raw, its gradients averaged over the processes during backward."""
+    if world_size == 1:
+        return raw
+    device_ids = [raw.wte.weight.device] if raw.wte.weight.is_cuda else None
+    return nn.parallel.DistributedDataParallel(raw, device_ids, gradient_as_bucket_view=True,
+                                               find_unused_parameters=layerdrop > 0)
+
+
+def summed(target, *values):
+    """Each of the numbers, summed over the processes."""
+    if world_size == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=target)
+    distributed.all_reduce(sums)
+    return sums.tolist()
 
 
 def require_finite(step, **values):
@@ -280,16 +361,21 @@ def load_dataset(folder):
         stop(f"{folder}: no such dataset, {remedy}")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        spec = meta["tokenizer"]
-        data = {split: np.memmap(folder / f"{split}.bin", np.dtype(meta["dtype"]), "r")
-                for split in meta["splits"]}
+        tokenizer = tokenizer_from(meta["tokenizer"])
+        kind = np.dtype(token_dtype(tokenizer.vocab_size))
+        if meta["dtype"] != kind.name:
+            raise ValueError(f"its dtype is not {kind}")
+        data = {split: np.memmap(folder / f"{split}.bin", kind, "r") for split in meta["splits"]}
         for split, tokens in data.items():
-            if len(tokens) != meta["splits"][split]["tokens"]:
+            counts = meta["splits"][split]
+            if len(tokens) != counts["tokens"]:
                 raise ValueError(f"{split}.bin is not as long as meta.json says")
+            if type(counts["characters"]) is not int or counts["characters"] < 1:
+                raise ValueError(f"{split} cannot have {counts['characters']} characters")
+    except ConnectionError as error:  # GPT-2's tokenizer is downloaded
+        stop(str(error))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         stop(f"{folder} is damaged ({error}), delete it and {remedy}")
-    with stop_on_error():
-        tokenizer = tokenizer_from(spec)
     if not {"train", "val"} <= data.keys():
         stop(f"{folder} has no val split, prepare it with a --val_fraction above 0")
     if document_rows and tokenizer.eot is None:
@@ -301,7 +387,7 @@ def load_dataset(folder):
         data[split] = Documents(tokens, tokenizer.eot) if document_rows else Windows(tokens)
         if data[split].per_epoch < 1 or data[split].phases < 1:
             stop(f"{folder}/{split}.bin: {len(tokens):,} tokens are too few for a block_size of "
-                 f"{block_size}, use a longer text or a smaller --block_size")
+                 f"{block_size}, use a longer text or a smaller --block_size", 2)
         counts = meta["splits"][split]
         line = f"{split}: {len(tokens):,} tokens, {counts['characters']:,} characters"
         if document_rows:
@@ -453,7 +539,7 @@ def evaluate(model, rows, target="cpu", max_batches=0):
     chosen = np.linspace(0, rows.number - 1, count).round().astype(int)
     together = max(batch_size, 2048 // block_size)  # fewer tokens at a time take longer
     loss = correct = counted = 0
-    for some in np.split(chosen, range(together, count, together)):
+    for some in np.split(chosen, range(together, count, together))[rank::world_size]:
         x, y = read_rows(rows, *rows.span(some), target)
         logits, mean = model(x, y)
         n = (y >= 0).sum().item()
@@ -461,6 +547,7 @@ def evaluate(model, rows, target="cpu", max_batches=0):
         likeliest = logits.max(dim=-1).indices  # on a CPU a third of argmax's time
         correct += (likeliest == y).sum().item()
         counted += n
+    loss, correct, counted = summed(target, loss, correct, counted)
     return {"loss": loss / counted, "accuracy": correct / counted}
 
 
@@ -495,14 +582,37 @@ COLUMNS = {  # name: (width, format)
     "elapsed": (9, ",.0f"), "left": (9, ",.0f")}  # the last two in seconds
 
 
-def open_metrics(path, step):
-    """A csv writer of COLUMNS that goes on behind the rows up to step; prints their names."""
-    lines = path.read_text(encoding="utf-8").splitlines()[1:] if step and path.exists() else []
-    kept = [",".join(COLUMNS)] + [line for line in lines if int(line.split(",")[0]) <= step]
-    with atomic_write(path) as file:
-        file.write("\n".join([*kept, ""]).encode())
+@contextmanager
+def writing(path):
+    """Stops with a sentence where path cannot be written, on a full disk say."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
+        reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))
+        reason = next(filter(None, reasons), type(error).__name__)
+        stop(f"{path} cannot be written ({reason}), make room and go on with --init_from=resume: "
+             f"what was saved before is whole")
+
+
+def open_metrics(run_dir, step):
+    """A csv writer of COLUMNS to run_dir/metrics.csv that goes on behind the rows up to step, or
+    from step 0, in the place of what another run has left. Prints the columns' names."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
-    file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # a line at a time
+    if rank:
+        return None
+    path = run_dir / "metrics.csv"
+    with writing(path):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if step == 0:
+            for pattern in ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "samples.txt"):
+                for old in run_dir.glob(pattern):
+                    old.unlink()
+        rows = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+        rows = [row for row in rows if row.count(",") == len(COLUMNS) - 1  # else cut by a kill
+                and int(row.partition(",")[0]) <= step]
+        with atomic_write(path) as file:
+            file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
+        file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # a line at a time
     return csv.DictWriter(file, COLUMNS, lineterminator="\n")
 
 
@@ -510,32 +620,43 @@ def log(metrics, row):
     """One line on the terminal and in metrics.csv; what a row lacks stays blank."""
     print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
                   for name, (width, form) in COLUMNS.items()), flush=True)
-    metrics.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                      for name, value in row.items()})
+    if metrics:
+        with writing("metrics.csv"):
+            metrics.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                              for name, value in row.items()})
 
 
 def write_sample(raw, tokenizer, ids, step, path, length=200):
     """Prints how the model goes on from ids (1, T), and appends it to path."""
+    if rank:
+        return
     generator = torch.Generator().manual_seed(random_seed("sample", step))
     out = raw.generate(ids, length, generators=[generator], eot=tokenizer.eot)
     text = tokenizer.decode(out[0].tolist()).replace(EOT, "")
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         print(f"---- step {step} ----\n{text}", file=file)
     print(f"---- a sample at step {step} ----\n{text}\n----")
 
 
 def save_run(run_dir, names, raw, tokenizer, progress, stateful):
     """Writes all that resuming needs, once under each name."""
-    for name in names:
-        save_checkpoint(run_dir / name, raw, tokenizer, settings=settings, progress=progress,
-                        states=[part.state_dict() for part in stateful])
+    for name in names if rank == 0 else ():
+        with writing(run_dir / name):
+            save_checkpoint(run_dir / name, raw, tokenizer, settings=settings, progress=progress,
+                            states=[part.state_dict() for part in stateful])
 
 
-def load_run(path, tokenizer, target):
+def load_run(path, tokenizer, target, progress):
     """The checkpoint at path, if its settings and tokenizer are this run's."""
     with stop_on_error():
         saved = load_checkpoint(path, target)
-    if not {"settings", "progress", "states"} <= saved.keys():
+    try:
+        kinds = {name: type(value) for name, value in saved["progress"].items()}
+        if kinds != {name: type(value) for name, value in progress.items()} or (
+                min(saved["progress"].values()) < 0):
+            raise ValueError
+        saved["settings"].items(), saved["states"]
+    except (KeyError, AttributeError, ValueError):
         stop(f"{path} holds a model but not the state of its training, train from scratch")
     if saved["tokenizer"].spec != tokenizer.spec:
         stop(f"{path} was trained with another tokenizer than that of data/{dataset}, "
@@ -546,6 +667,24 @@ def load_run(path, tokenizer, target):
         stop(f"{path} was trained with {' '.join(changed)}, resume it with the same "
              f"or train anew in another --out_dir", 2)
     return saved
+
+
+def restore(stateful, states, path):
+    """Gives the optimizers and the scaler the states they were saved in; what their settings are
+    is this run's to say."""
+    try:
+        for part, state in zip(stateful, states, strict=True):
+            own = part.state_dict()
+            if "param_groups" in own:
+                state = {"state": state["state"], "param_groups": own["param_groups"]}
+            if state:  # a scaler's is empty unless it was a float16 run
+                part.load_state_dict(state)
+            for p, kept in getattr(part, "state", {}).items():
+                for value in kept.values():
+                    if torch.is_tensor(value) and value.shape not in (p.shape, ()):
+                        raise ValueError("its state is that of other weights")
+    except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+        stop(f"{path} does not hold the state of this run's optimizer ({error}), train again")
 
 
 def print_summary(progress, rows, counts, run_dir, target):
@@ -559,6 +698,8 @@ def print_summary(progress, rows, counts, run_dir, target):
         if floor := counts.get("nats_per_token"):
             print(f"the text's own entropy is {floor:.4f}, the loss "
                   f"{loss / floor - 1:.1%} above it")
+    if progress["skipped"]:
+        print(f"{progress['skipped']:,} steps skipped, whose float16 gradients overflowed")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: "
           f"{done * rows * block_size / max(seconds, 1e-9):,.0f} tokens/s, "
           f"peak memory {peak_memory(target) / 1e6:,.0f} MB")

@@ -7,6 +7,8 @@
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
                                            comprehension, GPT-2's tokens on all cores against
                                            tiktoken on one, and learning 4096 tokens from it
+    python tests/benchmark.py trust        what a step of shakespeare_char's model pays for runs that
+                                           can be stopped, killed and resumed
 
 Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
 """
@@ -24,6 +26,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train as script  # noqa: E402
 from model import EOT, GPT, BPETokenizer, CharTokenizer, GPTConfig, attention  # noqa: E402
 from prepare_shakespeare import write_dataset  # noqa: E402
 from prepare_tinystories import count_pieces, learn_bpe, read_stories  # noqa: E402
@@ -41,17 +44,19 @@ def race(label, candidates, rounds=15):
     first = next(iter(medians.values()))
     print(f"{label:32}" + "".join(f"{name} {ms:9.2f} ms  x{first / ms:5.2f}   "
                                   for name, ms in medians.items()), flush=True)
+    return medians
 
 
-def step(model, rows, dtype, attend=None):
-    """A training step without an optimizer, on random tokens; attend replaces the attention."""
+def step(model, rows, dtype, attend=None, keep=False):
+    """Forward and backward on random tokens; attend replaces the attention, keep the gradients."""
     for block in model.h:
         block.attn.attend = attend or block.attn.attend
     x, y = torch.randint(model.config.vocab_size, (2, rows, model.config.block_size))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(x, y)[1]
     loss.backward()
-    model.zero_grad()
+    if not keep:
+        model.zero_grad()
 
 
 def dtype():
@@ -142,9 +147,38 @@ def encode(path):
     race(label, {"learn_bpe": lambda: learn_bpe(count_pieces(batches), 4096 - 257)}, rounds=3)
 
 
+def trust(rows=8, every=250):
+    """Beside the step itself: seeds for its dropout, what all processes agree on, the finite checks
+    and, every so many steps, writing last.pt."""
+    tokenizer = CharTokenizer("".join(map(chr, range(65))))
+    model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.2))
+    parameters, optimizers = list(model.parameters()), script.make_optimizers(model)
+
+    def step_whole():
+        step(model, rows, torch.bfloat16, keep=True)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        optimizers[0].step()
+        model.zero_grad()
+
+    def guard():
+        torch.manual_seed(script.random_seed("dropout", 1, 0))
+        loss, *_ = script.summed("cpu", 1.0, False, False)
+        script.require_finite(1, loss=loss, gradient=1.0)
+
+    def save():
+        script.require_finite(1, weights=torch.nn.utils.get_total_norm(parameters).item())
+        script.save_run(Path(folder), ["last.pt"], model, tokenizer, {}, optimizers)
+
+    with tempfile.TemporaryDirectory() as folder:
+        medians = race(f"6 x 384, {rows} rows of 256", {"a step": step_whole, "guarding it": guard,
+                                                        "a save": save})
+    cost = medians["guarding it"] + medians["a save"] / every
+    print(f"with a save every {every} steps {cost / medians['a step']:.2%} of a step")
+
+
 if __name__ == "__main__":
     wanted = {"dtype": dtype, "attention": attention_kernels, "encode": encode,
-              "sample": sample}
+              "sample": sample, "trust": trust}
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     wanted[sys.argv[1]](*sys.argv[2:])

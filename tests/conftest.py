@@ -19,6 +19,16 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 from model import GPT, BPETokenizer, GPTConfig  # noqa: E402
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: many repetitions of what is random, run by -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die.\n"
 
 
@@ -86,7 +96,7 @@ def transformers_twins():
 
 TINY = ("--dataset=verse --out_dir=out/tiny --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 "
         "--batch_size=4 --max_iters=6 --warmup_iters=2 --eval_interval=3 --eval_iters=2 "
-        "--log_interval=1 --device=cpu").split()
+        "--log_interval=1 --device=cpu --overwrite=True").split()
 
 
 @pytest.fixture
