@@ -595,19 +595,19 @@ def writing(path):
 
 
 def open_metrics(run_dir, step):
-    """A csv writer of COLUMNS to run_dir/metrics.csv that goes on behind the rows up to step, or
-    from step 0, in the place of what another run has left. Prints the columns' names."""
+    """A csv writer of COLUMNS to run_dir/metrics.csv that goes on behind the rows up to step; a run
+    from scratch first removes what another has left. Prints the columns' names."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     if rank:
         return None
     path = run_dir / "metrics.csv"
     with writing(path):
         run_dir.mkdir(parents=True, exist_ok=True)
-        if step == 0:
+        if init_from == "scratch":
             for pattern in ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "samples.txt"):
                 for old in run_dir.glob(pattern):
                     old.unlink()
-        rows = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+        rows = path.read_text("utf-8", "replace").splitlines()[1:] if path.exists() else []
         rows = [row for row in rows if row.count(",") == len(COLUMNS) - 1  # else cut by a kill
                 and int(row.partition(",")[0]) <= step]
         with atomic_write(path) as file:
