@@ -72,19 +72,21 @@ def attention(q, k, v, dropout=0.0):
     """softmax(Q K^T / sqrt(D)) V, causal. q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
     Vaswani et al. 2017, equation 1. The mask counts from the lower right corner: the last query
     sees every key, so that the T newest of S positions run the same lines."""
-    (T, D), S = q.shape[-2:], k.shape[-2]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(D)                           # (B, H, T, S)
-    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v
+    (B, H, T, D), S = q.shape, k.shape[-2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # mask + Q K^T / sqrt(D), at once
+    weights = drop(scores.softmax(dim=-1), dropout)                # (B * H, T, S)
+    return (weights @ v).view(B, H, T, D)
 
 
 def fused_attention(q, k, v, dropout=0.0):
     """The same in one kernel that never holds (T, S) weights (Dao et al. 2022), where T = S or the
     one query sees all."""
     T, S = q.shape[-2], k.shape[-2]
-    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T == S <= 256
-    if short or T not in (1, S):  # a short step takes 0.6 to 0.95 of the kernel's time
+    slow = q.device.type == "cpu" and T == S and (
+        dropout > 0 or q.dtype == torch.bfloat16 and S <= 512)  # tests/benchmark.py attention
+    if slow or T not in (1, S):
         return attention(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
 
@@ -100,6 +102,18 @@ def layer_norm(x, shape, weight, bias=None, eps=1e-5):
 def gelu(x):
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), GPT-2's form (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+def drop(x, p):
+    """Dropout: elements are zero by chance p, the others divided by 1 - p (Srivastava et al. 2014).
+    torch's own draws one number after another on a CPU, most of a step: here 64 random bits decide
+    on 4 elements."""
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    zeros = round(p * 2 ** 16)
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
+    chance = bits.view(torch.int16)[:x.numel()].view(x.shape)
+    return x * ((chance >= zeros - 2 ** 15).to(x.dtype) * (2 ** 16 / (2 ** 16 - zeros)))
 
 
 fused_gelu = partial(F.gelu, approximate="tanh")
@@ -125,6 +139,11 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return drop(x, self.p if self.training else 0.0)
+
+
 class LayerNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -142,7 +161,7 @@ class CausalSelfAttention(nn.Module):
         C = config.n_embd
         self.c_attn = Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
         self.c_proj = Linear(C, C, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.attend = fused_attention if config.fused else attention
@@ -164,7 +183,7 @@ class MLP(nn.Module):
         width = config.n_inner or 4 * config.n_embd
         self.c_fc = Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = Linear(width, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.activation = {"gelu": fused_gelu if config.fused else gelu,
                            "relu": torch.relu}[config.activation]
 
@@ -195,7 +214,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # The last post-norm block has already normalized what it returns.
         self.ln_f = LayerNorm(config) if config.norm == "pre" else nn.Identity()

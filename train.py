@@ -9,13 +9,14 @@ Writes out/<run>/best.pt, last.pt and metrics.csv; python sample.py then shows w
 """
 
 import csv
+import ctypes
 import json
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -106,6 +107,7 @@ def main():
     check_settings(run_dir)
     with stop_on_error(2):
         target = join_processes(pick_device(device))
+    keep_memory()
     amp = pick_dtype(target)
     autocast = torch.autocast(target.type, amp, enabled=amp != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
@@ -284,6 +286,16 @@ def pick_dtype(target):
     if target.type == "cpu" and (n_embd < 128 or not torch.cpu._is_avx512_bf16_supported()):
         return torch.float32
     return torch.bfloat16
+
+
+def keep_memory():
+    """Has glibc keep the memory that is freed. It would return large blocks to the kernel, which
+    clears them again page by page: a step of 6 x 384 took 2.8 s on two cores, and 1.9 s so."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library has no mallopt
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)   # M_MMAP_MAX: no block apart from the heap
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is never returned
 
 
 def catch_signals():

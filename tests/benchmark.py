@@ -2,6 +2,9 @@
 
     python tests/benchmark.py dtype        a training step in float32 and in bfloat16
     python tests/benchmark.py attention    the same in bfloat16, with either attention
+    python tests/benchmark.py train PATH   whole steps of train.py against those of nanoGPT's train.py
+                                           (a checkout at PATH): the same sizes, data and dropout,
+                                           each in a process of its own, on the CPU
     python tests/benchmark.py sample PATH  writing text with 124M random weights, against nanoGPT (a
                                            checkout at PATH) and transformers, where installed
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
@@ -13,9 +16,15 @@
 Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
 """
 
+import csv
 import importlib.util
 import os
+import pickle
+import random
+import re
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -176,9 +185,77 @@ def trust(rows=8, every=250):
     print(f"with a save every {every} steps {cost / medians['a step']:.2%} of a step")
 
 
+SIZES = [  # label, steps, vocabulary, settings of both
+    ("4 x 64, 95 characters", 400, 95, dict(
+        n_layer=4, n_head=4, n_embd=64, block_size=32, batch_size=16, dropout=0.0)),
+    ("2 x 256, dropout 0.1", 40, 65, dict(
+        n_layer=2, n_head=8, n_embd=256, block_size=128, batch_size=32, dropout=0.1)),
+    ("6 x 384", 8, 65, dict(
+        n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.0)),
+    ("6 x 384, dropout 0.2", 8, 65, dict(
+        n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2)),
+    ("6 x 512, 50,257 tokens, dropout 0.1", 8, 50257, dict(
+        n_layer=6, n_head=8, n_embd=512, block_size=256, batch_size=4, dropout=0.1)),
+    ("12 x 768, 50,257 tokens", 8, 50257, dict(
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=1, dropout=0.0))]
+
+
+def train(nanogpt, only="", turns=3):
+    """Medians over all steps but the first three of each process, and the largest peak memory."""
+    for kind in (torch.float32, torch.bfloat16):
+        a = torch.randn(4096, 4096).to(kind)
+        ms = race(f"a product of 4096, {str(kind)[6:]}", {"": lambda: a @ a}, rounds=3)[""]
+        print(f"{'':32}{2 * 4096 ** 3 / ms / 1e9:.2f} TFLOP/s")
+    ceiling = 2 * 4096 ** 3 / ms * 1000
+    repo, common = Path(script.__file__).parent, ["--bias=False", "--device=cpu", "--dataset=x",
+                                                  "--log_interval=1", "--eval_iters=1"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("train.py", "model.py", "configurator.py"):
+            shutil.copy(Path(nanogpt) / name, folder)
+        for label, steps, vocabulary, sizes in SIZES:
+            if only not in label:
+                continue
+            characters = "".join(chr(0x10000 + i) for i in range(vocabulary))
+            tokenizer = CharTokenizer(characters)
+            text = "".join(random.Random(0).choices(characters, k=200_000))
+            with redirect_stdout(None):
+                write_dataset(Path(folder, "data/x"), {s: [[text]] for s in ("train", "val")},
+                              tokenizer, {})
+            Path(folder, "data/x/meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocabulary}))
+            given = common + [f"--{name}={value}" for name, value in sizes.items()]
+            commands = {
+                "nanoGPT": ["train.py", *given, f"--max_iters={steps}", "--compile=False",
+                            "--gradient_accumulation_steps=1", f"--eval_interval={10 ** 9}"],
+                "ours": [repo / "train.py", *given, f"--max_iters={steps}", "--overwrite=True",
+                         "--eval_interval=0"]}
+            times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
+            for _ in range(turns):
+                for name, command in commands.items():
+                    run = subprocess.Popen([sys.executable, *command], cwd=folder, text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                    out = run.stdout.read()
+                    _, status, usage = os.wait4(run.pid, 0)
+                    assert status == 0, out
+                    metrics = Path(folder, "out/x/metrics.csv")
+                    found = (re.findall(r"time ([\d.]+)ms", out) if name == "nanoGPT" else
+                             [row["ms"] for row in csv.DictReader(metrics.open())])
+                    times[name] += [float(ms) for ms in found if ms][3:]
+                    peaks[name] = max(peaks[name], 1024 * usage.ru_maxrss)
+            theirs, ours = (statistics.median(times[name]) for name in commands)
+            tokens = sizes["batch_size"] * sizes["block_size"] * 1000 / ours
+            with torch.device("meta"):
+                shape = {name: sizes[name] for name in sizes if name != "batch_size"}
+                flops = GPT(GPTConfig(vocab_size=vocabulary, **shape)).flops_per_token() * tokens
+            print(f"{label:36}nanoGPT {theirs:9.2f} ms   ours {ours:9.2f} ms  "
+                  f"x{theirs / ours:5.2f}   {tokens:8,.0f} tok/s   {flops / ceiling:4.0%} of the "
+                  f"product's   {peaks['nanoGPT'] / 1e6:,.0f} and {peaks['ours'] / 1e6:,.0f} MB",
+                  flush=True)
+
+
 if __name__ == "__main__":
     wanted = {"dtype": dtype, "attention": attention_kernels, "encode": encode,
-              "sample": sample, "trust": trust}
+              "sample": sample, "train": train, "trust": trust}
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
+    script.keep_memory()
     wanted[sys.argv[1]](*sys.argv[2:])

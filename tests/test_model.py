@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (GPT, GPTConfig, attention, fused_attention, fused_gelu, gelu, layer_norm,
+from model import (GPT, GPTConfig, attention, drop, fused_attention, fused_gelu, gelu, layer_norm,
                    sinusoids)
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
@@ -91,6 +91,28 @@ def test_sinusoids_are_the_papers():
         angle = t / 10000 ** (2 * i / 6)
         assert table[t, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
         assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_its_share_of_elements_and_keeps_the_mean(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, dtype=dtype, requires_grad=True)
+    y = drop(x, p)
+    y.sum().backward()
+    zeros = y == 0
+    assert torch.equal(x.grad, y) and y.dtype == dtype
+    assert zeros.float().mean().item() == pytest.approx(p, abs=0.002)
+    assert y[~zeros].float().unique().tolist() == [pytest.approx(1 / (1 - p), rel=0.01)]
+    both = (zeros[:, 1:] & zeros[:, :-1]).float().mean().item()
+    assert both == pytest.approx(p * p, abs=0.002)  # neighbours do not know of each other
+    torch.manual_seed(0)
+    assert torch.equal(drop(x, p), y) and not torch.equal(drop(x, p), y)
+
+
+def test_dropout_without_a_chance_is_nothing():
+    x = torch.randn(3, 5)
+    assert torch.equal(drop(x, 0.0), x)
 
 
 # ---- behaviour ----
