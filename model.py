@@ -473,8 +473,9 @@ def load_checkpoint(path, device="cpu"):
     remedy = f"try --checkpoint={' or '.join(others)}" if others else "train again"
     try:
         with zipfile.ZipFile(path) as archive:
-            if harmed := archive.testzip():  # holds each member to its CRC, which torch.load skips
-                raise ValueError(harmed)
+            # torch.load skips the CRC of each member, and takes one with attributes for a folder.
+            if archive.testzip() or any(info.external_attr for info in archive.infolist()):
+                raise ValueError
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # there is no one exception for a file that is damaged
         raise ValueError(f"{path} is damaged or not a checkpoint of train.py, {remedy} "
