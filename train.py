@@ -369,7 +369,7 @@ def load_dataset(folder):
     remedy = "make it with python prepare_" + (
         f"{made} --tokenizer={kind}" if made and kind in ("char", "byte", "gpt2", "bpe") else
         f"shakespeare.py --source=FILE --dataset={folder.name}")
-    if not (folder / "meta.json").is_file():
+    if not os.path.isfile(folder / "meta.json"):
         stop(f"{folder}: no such dataset, {remedy}")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
