@@ -104,19 +104,19 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
+fused_gelu = partial(F.gelu, approximate="tanh")
+
+
 def drop(x, p):
     """Dropout: elements are zero by chance p, the others divided by 1 - p (Srivastava et al. 2014).
-    torch's own draws one number after another on a CPU, most of a step: here 64 random bits decide
+    torch's own draws one number after another on a CPU, half of a step: here 64 random bits decide
     on 4 elements."""
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
-    zeros = round(p * 2 ** 16)
+    zeros = min(round(p * 2 ** 16), 2 ** 16 - 1)
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
     chance = bits.view(torch.int16)[:x.numel()].view(x.shape)
     return x * ((chance >= zeros - 2 ** 15).to(x.dtype) * (2 ** 16 / (2 ** 16 - zeros)))
-
-
-fused_gelu = partial(F.gelu, approximate="tanh")
 
 
 def sinusoids(T, C):
@@ -251,8 +251,7 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit a context of {self.config.block_size}"
                              f", crop them to the last block_size")
-        x = self.wte(idx) * self.embedding_scale + self.wpe.weight[start:start + T]
-        x = self.drop(x)
+        x = self.drop(self.wte(idx) * self.embedding_scale + self.wpe.weight[start:start + T])
         layerdrop = self.config.layerdrop if self.training else 0.0
         for layer, block in enumerate(self.h):
             if layerdrop and torch.rand(()) < layerdrop:
@@ -454,9 +453,9 @@ def model_from(config, weights):
     """A GPT with these weights, {name: tensor}. Raises ValueError where they are not what config
     asks for, before it takes the memory that config asks for."""
     with torch.device("meta"):
-        shapes = {name: w.shape for name, w in GPT(config).state_dict().items()
-                  } if config.n_layer <= len(weights) else {}
-    if shapes != {name: w.shape for name, w in weights.items() if w.is_contiguous()}:
+        expected = GPT(config).state_dict() if config.n_layer <= len(weights) else {}
+    shapes = {name: w.shape for name, w in weights.items() if w.is_contiguous()}
+    if shapes != {name: w.shape for name, w in expected.items()}:
         raise ValueError("its weights are not those of its config")
     model = GPT(config)
     model.load_state_dict(weights)

@@ -115,6 +115,10 @@ def test_dropout_without_a_chance_is_nothing():
     assert torch.equal(drop(x, 0.0), x)
 
 
+def test_dropout_of_nearly_everything_divides_by_no_zero():
+    assert drop(torch.ones(1000), 1 - 1e-9).isfinite().all()
+
+
 # ---- behaviour ----
 
 @pytest.mark.parametrize("norm, positions, fused", list(product(

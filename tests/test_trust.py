@@ -1,10 +1,10 @@
 """What a run survives: other processes, signals, kills, a full disk, damaged and hostile files,
 nonsense in its settings. pytest -m slow repeats what is random more often."""
 
-import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +15,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY, one_sentence
@@ -37,13 +36,13 @@ def often(few, many):
     return pytest.mark.parametrize("count", [few, slow(many)])
 
 
-def start(*arguments, processes=1, **options):
+def start(*arguments, processes=1):
     """train.py in processes of its own, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [subprocess.Popen(
-        [sys.executable, REPO / "train.py", *TINY, *arguments], text=True, **options,
+        [sys.executable, REPO / "train.py", *TINY, *arguments], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
                           "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
@@ -174,6 +173,20 @@ def test_a_flipped_byte_is_found_or_does_no_harm(train, count):
     assert refused > count / 2
 
 
+def test_a_member_that_claims_to_be_a_folder_is_damage(train):
+    """No CRC covers the attributes, by which torch would read no bytes of a tensor at all."""
+    train("--max_iters=3", "--lr_decay_iters=6")
+    good = Path("out/tiny/last.pt").read_bytes()
+    members = [match.start() for match in re.finditer(b"PK\x01\x02", good)]
+    assert len(members) > 50
+    for at in members:
+        bad = bytearray(good)
+        bad[at + 38] ^= 0x10
+        Path("out/tiny/last.pt").write_bytes(bad)
+        with pytest.raises(ValueError, match="last.pt is damaged"):
+            load_checkpoint("out/tiny/last.pt")
+
+
 def test_from_a_damaged_last_the_way_back_is_another_checkpoint(train):
     train("--lr_decay_iters=9", "--snapshot_interval=2")
     whole = weights()
@@ -249,7 +262,7 @@ def test_a_hostile_checkpoint_is_refused(train, change):
 def test_a_zip_bomb_is_no_checkpoint(train):
     train()
     with zipfile.ZipFile("out/tiny/last.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", io.BytesIO(bytes(50_000_000)).read())
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
     one_sentence(train("--init_from=resume"), 1, "out/tiny/last.pt is damaged")
 
 
@@ -271,13 +284,6 @@ def test_counts_that_cannot_be_are_refused(train, value):
     meta["splits"]["val"]["characters"] = value
     Path("data/verse/meta.json").write_text(json.dumps(meta))
     one_sentence(train(), 1, "data/verse")
-
-
-def test_ids_outside_the_vocabulary_are_found(train):
-    ids = np.fromfile("data/verse/val.bin", np.uint16)
-    ids[-1] = 65535
-    ids.tofile("data/verse/val.bin")
-    one_sentence(train(), 1, "val.bin has ids outside its vocabulary")
 
 
 # ---- nonsense in settings ----
