@@ -109,14 +109,63 @@ fused_gelu = partial(F.gelu, approximate="tanh")
 
 def drop(x, p):
     """Dropout: elements are zero by chance p, the others divided by 1 - p (Srivastava et al. 2014).
-    torch's own draws one number after another on a CPU, half of a step: here 64 random bits decide
-    on 4 elements."""
-    if p == 0 or x.device.type != "cpu":
+    torch's own draws one number after another on a CPU, half of a step. Here each element has as
+    many random bits as its own, and they turn into its factor where they are."""
+    if p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    zeros = min(round(p * 2 ** 16), 2 ** 16 - 1)
-    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
-    chance = bits.view(torch.int16)[:x.numel()].view(x.shape)
-    return x * ((chance >= zeros - 2 ** 15).to(x.dtype) * (2 ** 16 / (2 ** 16 - zeros)))
+    size = x.element_size()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    values = 2 ** (8 * size)
+    zeros = min(round(p * values), values - 1)
+    bits = torch.empty(x.numel() * size // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None)
+    bits = bits.view(integer)[:x.numel()].view(x.shape)
+    factor = torch.tensor(values / (values - zeros), dtype=x.dtype)
+    return x * bits.ge_(zeros - values // 2).mul_(factor.view(integer)).view(x.dtype)
+
+
+def cross_entropy(logits, targets, smoothing=0.0):
+    """The mean of -log softmax(logits)[target] in nats, float, over the targets (N,) that are not
+    -1; logits (N, V)."""
+    if (logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and not smoothing
+            and not torch.compiler.is_compiling()):
+        return SlicedCrossEntropy.apply(logits, targets)
+    return F.cross_entropy(logits.float(), targets, ignore_index=-1, label_smoothing=smoothing)
+
+
+class SlicedCrossEntropy(torch.autograd.Function):
+    """The same in slices that stay in a CPU's cache, where all of GPT-2's logits as floats, and
+    again for their gradient, took 1.6 times as long and 0.4 GB for 1024 tokens."""
+
+    @staticmethod
+    def slices(logits, *others):
+        """A few rows of logits at a time, as floats in the same place, with those of others."""
+        rows = max(1, 2 ** 19 // logits.shape[1])
+        floats = torch.empty(rows, logits.shape[1])
+        for part, *rest in zip(*(t.split(rows) for t in (logits, *others))):
+            yield floats[:len(part)].copy_(part), *rest
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        log_sums = torch.empty(len(logits), 1)
+        for x, log_sum in SlicedCrossEntropy.slices(logits, log_sums):
+            largest = x.amax(dim=1, keepdim=True)
+            log_sum.copy_(x.sub_(largest).exp_().sum(dim=1, keepdim=True).log_().add_(largest))
+        counted = targets[:, None] >= 0
+        targets, weights = targets[:, None].clamp(min=0), counted / counted.sum()
+        ctx.save_for_backward(logits, log_sums, targets, weights)
+        return ((log_sums - logits.gather(1, targets)) * weights).sum()
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        """softmax(logits), less 1 at the target, over the number of targets."""
+        logits, log_sums, targets, weights = ctx.saved_tensors
+        d_logits = torch.empty_like(logits)
+        for x, log_sum, target, weight, d_x in SlicedCrossEntropy.slices(
+                logits, log_sums, targets, weights * d_loss, d_logits):
+            d_x.copy_(x.sub_(log_sum).exp_().mul_(weight).scatter_add_(1, target, -weight))
+        return d_logits, None
 
 
 def sinusoids(T, C):
@@ -270,9 +319,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         smoothing = self.config.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
-                               label_smoothing=smoothing)
-        return logits, loss
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten(), smoothing)
 
     def num_params(self):
         """Trained parameters, a tied matrix counted once."""

@@ -5,6 +5,9 @@
     python tests/benchmark.py train PATH   whole steps of train.py against those of nanoGPT's train.py
                                            (a checkout at PATH): the same sizes, data and dropout,
                                            each in a process of its own, on the CPU
+    python tests/benchmark.py speedrun PATH data/shakespeare_char   from characters to a val loss: all
+                                           of nanoGPT's recipe for a CPU, against ours for the same
+                                           model; three seeds, whole processes
     python tests/benchmark.py sample PATH  writing text with 124M random weights, against nanoGPT (a
                                            checkout at PATH) and transformers, where installed
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
@@ -18,6 +21,7 @@ Every row alternates its candidates and gives medians. Let nothing else run mean
 
 import csv
 import importlib.util
+import json
 import os
 import pickle
 import random
@@ -31,12 +35,14 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train as script  # noqa: E402
-from model import EOT, GPT, BPETokenizer, CharTokenizer, GPTConfig, attention  # noqa: E402
+from model import (EOT, GPT, BPETokenizer, CharTokenizer, GPTConfig, attention,  # noqa: E402
+                   load_checkpoint)
 from prepare_shakespeare import write_dataset  # noqa: E402
 from prepare_tinystories import count_pieces, learn_bpe, read_stories  # noqa: E402
 
@@ -91,6 +97,13 @@ def attention_kernels():
             "written out": lambda: step(model, rows, torch.bfloat16, attention)})
 
 
+def load_peer(nanogpt):
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(nanogpt) / "model.py")
+    sys.modules["nanogpt"] = peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    return peer
+
+
 def sample(nanogpt=""):
     """Tokens per second, medians of interleaved turns, and the share of what reading the weights
     once a token would allow."""
@@ -98,10 +111,8 @@ def sample(nanogpt=""):
     model = GPT(GPTConfig()).eval().bfloat16()
     writers = {"ours": lambda idx, n: model.generate(idx, n, top_k=200)}
     if nanogpt:
-        spec = importlib.util.spec_from_file_location("nanogpt", Path(nanogpt) / "model.py")
-        sys.modules["nanogpt"] = theirs = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(theirs)
-        nano = theirs.GPT(theirs.GPTConfig()).eval()
+        peer = load_peer(nanogpt)
+        nano = peer.GPT(peer.GPTConfig()).eval()
         writers["nanoGPT"] = lambda idx, n: nano.generate(idx, n, top_k=200)
     if importlib.util.find_spec("transformers"):
         import transformers
@@ -200,7 +211,7 @@ SIZES = [  # label, steps, vocabulary, settings of both
         n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=1, dropout=0.0))]
 
 
-def train(nanogpt, only="", turns=3):
+def train(nanogpt, only="", turns="3"):
     """Medians over all steps but the first three of each process, and the largest peak memory."""
     for kind in (torch.float32, torch.bfloat16):
         a = torch.randn(4096, 4096).to(kind)
@@ -229,7 +240,7 @@ def train(nanogpt, only="", turns=3):
                 "ours": [repo / "train.py", *given, f"--max_iters={steps}", "--overwrite=True",
                          "--eval_interval=0"]}
             times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
-            for _ in range(turns):
+            for _ in range(int(turns)):
                 for name, command in commands.items():
                     run = subprocess.Popen([sys.executable, *command], cwd=folder, text=True,
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -252,9 +263,67 @@ def train(nanogpt, only="", turns=3):
                   flush=True)
 
 
+BOTH = ["--device=cpu", "--dataset=shakespeare_char", "--n_layer=4", "--n_head=4", "--n_embd=128",
+        "--block_size=64", "--bias=False", "--dropout=0.0"]
+THEIRS = ["--compile=False", "--batch_size=12", "--gradient_accumulation_steps=1",
+          "--max_iters=2000", "--lr_decay_iters=2000", "--warmup_iters=100", "--learning_rate=1e-3",
+          "--min_lr=1e-4", "--beta2=0.99", "--eval_interval=250", "--eval_iters=20",
+          "--always_save_checkpoint=False"]
+OURS = ["--optimizer=muon", "--batch_size=32", "--beta1=0.85", "--beta2=0.95", "--weight_decay=0.0",
+        "--lr_schedule=linear", "--min_lr=0.0", "--warmup_iters=5", "--eval_interval=0",
+        "--eval_iters=8", "--log_interval=1", "--overwrite=True"]  # of 32 rows, theirs 20 of 12
+
+
+def speedrun(nanogpt, data, seeds="3"):
+    """Seconds of whole processes and the exact val loss of what they leave: nanoGPT's recipe for a
+    CPU, ours to as good a loss, and ours in the time that theirs has just taken."""
+    repo, peer, found = Path(script.__file__).parent, load_peer(nanogpt), []
+    script.block_size, script.batch_size = 64, 32
+    rows = script.Windows(np.fromfile(Path(data, "val.bin"), np.uint16))
+    with tempfile.TemporaryDirectory() as folder:
+        def seconds(*command):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *command, *BOTH], cwd=folder, check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return time.perf_counter() - began
+
+        def ours(steps, rate, seed):
+            took = seconds(repo / "train.py", *OURS, f"--max_iters={steps}", f"--seed={seed}",
+                           f"--learning_rate={rate}")
+            run = Path(folder, "out/shakespeare_char")
+            with open(run / "metrics.csv") as file:
+                ms = statistics.median(float(row["ms"]) for row in csv.DictReader(file) if row["ms"])
+            model = load_checkpoint(run / "last.pt")["model"].eval()
+            return took, script.evaluate(model, rows)["loss"], ms / 1000
+
+        shutil.copytree(data, Path(folder, "data/shakespeare_char"))
+        characters = json.loads(Path(data, "meta.json").read_text())["tokenizer"]["vocabulary"]
+        Path(folder, "data/shakespeare_char/meta.pkl").write_bytes(
+            pickle.dumps({"vocab_size": len(characters)}))
+        for name in ("model.py", "configurator.py"):
+            shutil.copy(Path(nanogpt, name), folder)
+        for seed in range(1, int(seeds) + 1):
+            source = Path(nanogpt, "train.py").read_text()
+            Path(folder, "train.py").write_text(source.replace("1337", str(seed)))
+            theirs = seconds("train.py", *THEIRS)
+            saved = torch.load(Path(folder, "out/ckpt.pt"), weights_only=True)
+            model = peer.GPT(peer.GPTConfig(**saved["model_args"])).eval()
+            model.load_state_dict(saved["model"])
+            their_loss = script.evaluate(lambda x, y: model(x, y.contiguous()), rows)["loss"]
+            short, short_loss, each = ours(205, 2.5e-2, seed)
+            steps = int(0.95 * (theirs - (short - 205 * each)) / each)
+            long, long_loss, _ = ours(steps, 1e-2, seed)
+            found.append((theirs / short, their_loss, short_loss, long_loss))
+            print(f"seed {seed}: nanoGPT 2000 steps {theirs:5.1f} s val {their_loss:.4f}   ours 205 "
+                  f"steps {short:5.1f} s val {short_loss:.4f}  x{theirs / short:.2f}   {steps} steps "
+                  f"{long:5.1f} s val {long_loss:.4f}", flush=True)
+    print("medians: x{:.2f}, val {:.4f}, {:.4f} and {:.4f}".format(
+        *map(statistics.median, zip(*found))))
+
+
 if __name__ == "__main__":
     wanted = {"dtype": dtype, "attention": attention_kernels, "encode": encode,
-              "sample": sample, "train": train, "trust": trust}
+              "sample": sample, "speedrun": speedrun, "train": train, "trust": trust}
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     script.keep_memory()

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (GPT, GPTConfig, attention, drop, fused_attention, fused_gelu, gelu, layer_norm,
-                   sinusoids)
+from model import (GPT, GPTConfig, attention, cross_entropy, drop, fused_attention, fused_gelu, gelu,
+                   layer_norm, sinusoids)
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
 
@@ -117,6 +117,27 @@ def test_dropout_without_a_chance_is_nothing():
 
 def test_dropout_of_nearly_everything_divides_by_no_zero():
     assert drop(torch.ones(1000), 1 - 1e-9).isfinite().all()
+
+
+def test_dropout_compiles_whole():
+    compiled = torch.compile(drop, backend="eager", fullgraph=True)
+    assert (compiled(torch.ones(1000), 0.5) == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("N, V", [(20, 70_000), (300, 65), (3, 600_000)])
+def test_cross_entropy_in_slices_is_torchs_on_floats(N, V):
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(N, V)).bfloat16().requires_grad_()
+    targets = torch.randint(V, (N,))
+    targets[1], targets[2] = -1, logits[2].argmax()  # not counted, nearly certain
+    found, expected = cross_entropy(logits, targets), F.cross_entropy(
+        logits.float(), targets, ignore_index=-1)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, = torch.autograd.grad(-3 * found, logits)
+    theirs, = torch.autograd.grad(-3 * expected, logits)
+    assert (ours.float() - theirs.float()).abs().max() <= theirs.abs().max() / 256
+    assert torch.allclose(ours.float(), theirs.float(), rtol=0.01, atol=1e-9)
+    assert not ours[1].any()
 
 
 # ---- behaviour ----

@@ -197,6 +197,27 @@ def test_adamw_from_first_principles_is_torchs():
         assert (a - b).abs().max() < 1e-6 and (a - c).abs().max() > 0.01
 
 
+def test_muon_is_torchs():
+    torch.manual_seed(0)
+    shapes = [(16, 48), (48, 16), (16, 48), (16, 16)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    start = [p.detach().clone() for p in ours]
+    optimizers = (script.Muon(ours, 0.02, 0.9, 0.1),
+                  torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1,
+                                   adjust_lr_fn="match_rms_adamw"))
+    for _ in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours[3].grad = theirs[3].grad = None  # as where a block was skipped
+        for one in optimizers:
+            one.step()
+    for a, b, c in zip(ours[:3], theirs, start):
+        assert (a - b).abs().max() < 1e-3 and (a - c).abs().max() > 0.02
+    assert torch.equal(ours[3], start[3])
+
+
 @pytest.mark.parametrize("kind", ["adamw", "adamw_scratch", "muon"])
 def test_only_matrices_decay_and_every_parameter_has_one_optimizer(monkeypatch, kind):
     monkeypatch.setattr(script, "optimizer", kind)
