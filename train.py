@@ -65,6 +65,7 @@ learning_rate = 1e-3
 weight_decay = 0.1           # on matrices only
 beta1 = 0.9
 beta2 = 0.99
+momentum = 0.95              # Muon's
 grad_clip = 1.0              # largest gradient norm; 0: any
 # Schedule
 max_iters = 5000             # steps
@@ -147,8 +148,6 @@ def main():
     raw.zero_grad()
     model = distribute(raw)
     forward = autocast(model.forward)
-    # torch.manual_seed looks for other devices too, in 2% of the smallest model's step.
-    reseed = torch.default_generator.manual_seed if target.type == "cpu" else torch.manual_seed
 
     rows = batch_size * gradient_accumulation_steps
     steps_per_epoch = data["train"].per_epoch / rows
@@ -173,7 +172,8 @@ def main():
         loss = torch.zeros((), device=target)
         for micro in range(rank, gradient_accumulation_steps, world_size):
             x, y = batch(data["train"], step, micro, target)
-            reseed(random_seed("dropout", step, micro))
+            if dropout or layerdrop:  # else nothing is random, and this 2% of the smallest step
+                torch.manual_seed(random_seed("dropout", step, micro))
             last = micro + world_size >= gradient_accumulation_steps
             model.require_backward_grad_sync = last or layerdrop > 0
             part = forward(x, y)[1] / gradient_accumulation_steps
@@ -250,8 +250,8 @@ def check_settings(run_dir):
     for name, value in settings.items():
         if not isinstance(value, str) and value < 0:
             stop(f"--{name} must not be negative, not {value}", 2)
-    if beta1 >= 1 or beta2 >= 1:
-        stop("--beta1 and --beta2 must be below 1", 2)
+    if max(beta1, beta2, momentum) >= 1:
+        stop("--beta1, --beta2 and --momentum must be below 1", 2)
     if gradient_accumulation_steps % world_size:
         stop(f"--gradient_accumulation_steps must be a multiple of the {world_size} processes, "
              f"not {gradient_accumulation_steps}", 2)
@@ -453,12 +453,11 @@ class Documents:
 
 def read_rows(rows, first, last, target):
     """Inputs x and targets y, (B, T) each, from the (B,) places of the first input and the last
-    target; behind these x is 0 and y is -1, which no loss counts."""
-    at = first[:, None] + np.arange(block_size + 1)
-    ids = rows.tokens[np.minimum(at, len(rows.tokens) - 1)].astype(np.int64)
-    ids[at > last[:, None]] = -1
-    ids = torch.from_numpy(ids).to(target)
-    return ids[:, :-1].clamp(min=0), ids[:, 1:]
+    target; behind these x repeats it and y is -1, which no loss counts."""
+    at, last = first[:, None] + np.arange(block_size + 1), last[:, None]
+    ids = rows.tokens[np.minimum(at, last)].astype(np.int64)
+    x, y = ids[:, :-1], np.where(at > last, -1, ids)[:, 1:]
+    return torch.from_numpy(x).to(target), torch.from_numpy(y).to(target)
 
 
 def random_seed(purpose, *indices):
@@ -483,12 +482,14 @@ def batch(rows, step, micro, target="cpu"):
     """Inputs x and targets y, (B, T) each: rows of the endless sequence of epochs that follow from
     (seed, step, micro) alone. Rank r of N takes the micro-steps r, r + N, ... of each step."""
     first = (step * gradient_accumulation_steps + micro) * batch_size
-    epochs, at = np.divmod(np.arange(first, first + batch_size), rows.per_epoch)
-    spans = []
-    for epoch in range(epochs[0], epochs[-1] + 1):
+    number, end, spans = first, first + batch_size, []
+    while number < end:
+        epoch, at = divmod(number, rows.per_epoch)
         phase, order = epoch_order(rows, epoch)
-        spans.append(rows.span(order[at[epochs == epoch]].astype(int), phase))
-    return read_rows(rows, *np.concatenate(spans, axis=1), target)
+        some = order[at:at + end - number]  # of this epoch
+        spans.append(rows.span(some.astype(int), phase))
+        number += len(some)
+    return read_rows(rows, *map(np.concatenate, zip(*spans)), target)
 
 
 # ---- optimizers and schedule ----
@@ -505,7 +506,7 @@ def make_optimizers(model):
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     optimizers = [adamw(groups, lr=learning_rate, betas=(beta1, beta2))]
     if hidden:
-        optimizers.append(Muon(hidden, learning_rate, beta1, weight_decay))
+        optimizers.append(Muon(hidden, learning_rate, momentum, weight_decay))
     return optimizers
 
 

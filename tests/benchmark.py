@@ -2,19 +2,23 @@
 
     python tests/benchmark.py dtype        a training step in float32 and in bfloat16
     python tests/benchmark.py attention    the same in bfloat16, with either attention
-    python tests/benchmark.py train PATH   whole steps of train.py against those of nanoGPT's train.py
-                                           (a checkout at PATH): the same sizes, data and dropout,
-                                           each in a process of its own, on the CPU
-    python tests/benchmark.py speedrun PATH data/shakespeare_char   from characters to a val loss: all
-                                           of nanoGPT's recipe for a CPU, against ours for the same
-                                           model; three seeds, whole processes
+    python tests/benchmark.py kernels      dropout and cross-entropy against torch's own
+    python tests/benchmark.py train PATH   whole steps of train.py against those of nanoGPT's (a
+                                           checkout at PATH): the same sizes, data and dropout, each
+                                           in a process of its own, on the CPU
+    python tests/benchmark.py speedrun PATH data/shakespeare_char
+                                           nanoGPT's recipe for a CPU against ours for the same
+                                           model: whole processes, exact val losses, three seeds
     python tests/benchmark.py sample PATH  writing text with 124M random weights, against nanoGPT (a
                                            checkout at PATH) and transformers, where installed
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
                                            comprehension, GPT-2's tokens on all cores against
                                            tiktoken on one, and learning 4096 tokens from it
-    python tests/benchmark.py trust        what a step of shakespeare_char's model pays for runs that
-                                           can be stopped, killed and resumed
+    python tests/benchmark.py trust        what a step of shakespeare_char's model pays for runs
+                                           that can be stopped, killed and resumed
+    python tests/benchmark.py around       what is not the model: batches, the log, evaluations
+    python tests/benchmark.py curves data/shakespeare_char
+                                           the loss curves of bfloat16 against float32's
 
 Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
 """
@@ -42,7 +46,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train as script  # noqa: E402
 from model import (EOT, GPT, BPETokenizer, CharTokenizer, GPTConfig, attention,  # noqa: E402
-                   load_checkpoint)
+                   cross_entropy, drop, load_checkpoint)
 from prepare_shakespeare import write_dataset  # noqa: E402
 from prepare_tinystories import count_pieces, learn_bpe, read_stories  # noqa: E402
 
@@ -97,10 +101,30 @@ def attention_kernels():
             "written out": lambda: step(model, rows, torch.bfloat16, attention)})
 
 
+def kernels():
+    """Forward and backward of what model.py does in another way than torch on a CPU."""
+    x = torch.randn(12_500_000).bfloat16().requires_grad_()
+    logits = torch.randn(1024, 50257).bfloat16().requires_grad_()
+    targets = torch.randint(50257, (1024,))
+    race("dropout of 12.5 million", {
+        "torch": lambda: torch.autograd.grad(F.dropout(x, 0.2), x, x),
+        "ours": lambda: torch.autograd.grad(drop(x, 0.2), x, x)})
+    race("cross-entropy, 1024 x 50,257", {
+        "torch": lambda: torch.autograd.grad(F.cross_entropy(logits.float(), targets), logits),
+        "ours": lambda: torch.autograd.grad(cross_entropy(logits, targets), logits)})
+    hidden = [torch.randn(shape, requires_grad=True) for shape in
+              [(384, 128), (128, 128), (512, 128), (128, 512)] * 4]
+    for p in hidden:
+        p.grad = torch.randn_like(p)
+    race("muon, 4 x 128", {"torch": torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw").step,
+                           "ours": script.Muon(hidden, 1e-3, 0.95, 0.1).step})
+
+
 def load_peer(nanogpt):
     spec = importlib.util.spec_from_file_location("nanogpt", Path(nanogpt) / "model.py")
     sys.modules["nanogpt"] = peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
+    peer.print = lambda *_: None  # its models announce themselves
     return peer
 
 
@@ -196,6 +220,71 @@ def trust(rows=8, every=250):
     print(f"with a save every {every} steps {cost / medians['a step']:.2%} of a step")
 
 
+def around():
+    """What is not the model: batches and the log at the smallest size; evaluating all of a val split
+    of Tiny Shakespeare's size, and as much of train, between 250 steps of shakespeare_char's."""
+    ids = np.random.default_rng(0).integers(0, 65, 111_540).astype(np.uint16)
+    script.block_size, script.batch_size = 32, 16
+    rows, model = script.Windows(ids), GPT(GPTConfig(32, 65, 4, 4, 64))
+    parameters, optimizers = list(model.parameters()), script.make_optimizers(model)
+    line = dict.fromkeys(script.COLUMNS, 1.0) | {"step": 1}
+
+    def step_whole():
+        step(model, 16, torch.float32, keep=True)
+        torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    def batch():
+        script.batch(rows, 1, 0)
+        script.learning_rate_at(200, 5000)
+        loss, *_ = script.summed("cpu", 1.0, False, False)
+        script.require_finite(1, loss=loss, gradient=1.0)
+
+    def log():
+        with redirect_stdout(quiet):
+            script.log(metrics, line)
+
+    with open(os.devnull, "w", buffering=1) as quiet:
+        metrics = csv.DictWriter(quiet, script.COLUMNS)
+        medians = race("4 x 64, 16 rows of 32", {"a step": step_whole, "a batch": batch,
+                                                 "a line": log}, rounds=300)
+    cost = medians["a batch"] + medians["a line"] / 10
+    print(f"with a line every 10 steps {cost / (medians['a step'] + cost):.1%} of all")
+
+    script.block_size, script.batch_size = 256, 64
+    model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.2))
+    forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    data = dict.fromkeys(("train", "val"), script.Windows(ids))
+    medians = race("6 x 384, 64 rows of 256", {
+        "a step": lambda: step(model, 64, torch.bfloat16),
+        "an evaluation": lambda: script.losses(model, forward, data, "cpu")}, rounds=5)
+    cost = medians["an evaluation"]
+    print(f"with one every 250 steps {cost / (250 * medians['a step'] + cost):.1%} of all")
+
+
+def curves(data):
+    """The training loss of 300 steps of 4 x 128, same batches, in bfloat16 against float32: the
+    largest difference of a mean over 10 steps, and that of the exact val loss at the end."""
+    for seed in (1, 2, 3):
+        losses, vals = [], []
+        for kind in ("float32", "bfloat16"):
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copytree(data, Path(folder, "data/shakespeare_char"))
+                subprocess.run([sys.executable, Path(script.__file__), *BOTH, f"--seed={seed}",
+                                f"--dtype={kind}", "--batch_size=24", "--max_iters=300",
+                                "--eval_interval=0", "--log_interval=1"], cwd=folder, check=True,
+                               stdout=subprocess.DEVNULL)
+                with open(Path(folder, "out/shakespeare_char/metrics.csv")) as file:
+                    rows = list(csv.DictReader(file))
+            losses.append(np.array([float(row["loss"]) for row in rows[1:]])
+                          .reshape(30, 10).mean(axis=1))
+            vals.append(float(rows[-1]["val"]))
+        apart = np.abs(losses[1] / losses[0] - 1).max()
+        print(f"seed {seed}: {apart:.2%} apart at most, val {vals[0]:.4f} and {vals[1]:.4f}, "
+              f"{abs(vals[1] / vals[0] - 1):.2%} apart", flush=True)
+
+
 SIZES = [  # label, steps, vocabulary, settings of both
     ("4 x 64, 95 characters", 400, 95, dict(
         n_layer=4, n_head=4, n_embd=64, block_size=32, batch_size=16, dropout=0.0)),
@@ -239,6 +328,8 @@ def train(nanogpt, only="", turns="3"):
                             "--gradient_accumulation_steps=1", f"--eval_interval={10 ** 9}"],
                 "ours": [repo / "train.py", *given, f"--max_iters={steps}", "--overwrite=True",
                          "--eval_interval=0"]}
+            if not sizes["dropout"]:  # with dropout it takes longer
+                commands["compiled"] = [*commands["ours"], "--compile=true"]
             times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
             for _ in range(int(turns)):
                 for name, command in commands.items():
@@ -252,15 +343,16 @@ def train(nanogpt, only="", turns="3"):
                              [row["ms"] for row in csv.DictReader(metrics.open())])
                     times[name] += [float(ms) for ms in found if ms][3:]
                     peaks[name] = max(peaks[name], 1024 * usage.ru_maxrss)
-            theirs, ours = (statistics.median(times[name]) for name in commands)
-            tokens = sizes["batch_size"] * sizes["block_size"] * 1000 / ours
             with torch.device("meta"):
                 shape = {name: sizes[name] for name in sizes if name != "batch_size"}
-                flops = GPT(GPTConfig(vocab_size=vocabulary, **shape)).flops_per_token() * tokens
-            print(f"{label:36}nanoGPT {theirs:9.2f} ms   ours {ours:9.2f} ms  "
-                  f"x{theirs / ours:5.2f}   {tokens:8,.0f} tok/s   {flops / ceiling:4.0%} of the "
-                  f"product's   {peaks['nanoGPT'] / 1e6:,.0f} and {peaks['ours'] / 1e6:,.0f} MB",
-                  flush=True)
+                flops = GPT(GPTConfig(vocab_size=vocabulary, **shape)).flops_per_token()
+            print(label)
+            for name, values in times.items():
+                ms = statistics.median(values)
+                tokens = sizes["batch_size"] * sizes["block_size"] * 1000 / ms
+                print(f"{name:>10}{ms:11,.2f} ms  x{statistics.median(times['nanoGPT']) / ms:5.2f}"
+                      f"{tokens:10,.0f} tok/s{flops * tokens / ceiling:6.0%} of the product"
+                      f"{peaks[name] / 1e6:8,.0f} MB", flush=True)
 
 
 BOTH = ["--device=cpu", "--dataset=shakespeare_char", "--n_layer=4", "--n_head=4", "--n_embd=128",
@@ -269,9 +361,10 @@ THEIRS = ["--compile=False", "--batch_size=12", "--gradient_accumulation_steps=1
           "--max_iters=2000", "--lr_decay_iters=2000", "--warmup_iters=100", "--learning_rate=1e-3",
           "--min_lr=1e-4", "--beta2=0.99", "--eval_interval=250", "--eval_iters=20",
           "--always_save_checkpoint=False"]
-OURS = ["--optimizer=muon", "--batch_size=32", "--beta1=0.85", "--beta2=0.95", "--weight_decay=0.0",
-        "--lr_schedule=linear", "--min_lr=0.0", "--warmup_iters=5", "--eval_interval=0",
-        "--eval_iters=8", "--log_interval=1", "--overwrite=True"]  # of 32 rows, theirs 20 of 12
+OURS = ["--optimizer=muon", "--batch_size=32", "--beta1=0.85", "--beta2=0.95", "--momentum=0.85",
+        "--weight_decay=0.0", "--lr_schedule=linear", "--min_lr=0.0", "--warmup_iters=5",
+        "--eval_interval=0", "--eval_iters=8",  # of 32 rows, theirs 20 of 12
+        "--log_interval=1", "--overwrite=True"]
 
 
 def speedrun(nanogpt, data, seeds="3"):
@@ -292,9 +385,9 @@ def speedrun(nanogpt, data, seeds="3"):
                            f"--learning_rate={rate}")
             run = Path(folder, "out/shakespeare_char")
             with open(run / "metrics.csv") as file:
-                ms = statistics.median(float(row["ms"]) for row in csv.DictReader(file) if row["ms"])
+                times = [float(row["ms"]) for row in csv.DictReader(file) if row["ms"]]
             model = load_checkpoint(run / "last.pt")["model"].eval()
-            return took, script.evaluate(model, rows)["loss"], ms / 1000
+            return took, script.evaluate(model, rows)["loss"], statistics.median(times) / 1000
 
         shutil.copytree(data, Path(folder, "data/shakespeare_char"))
         characters = json.loads(Path(data, "meta.json").read_text())["tokenizer"]["vocabulary"]
@@ -314,16 +407,17 @@ def speedrun(nanogpt, data, seeds="3"):
             steps = int(0.95 * (theirs - (short - 205 * each)) / each)
             long, long_loss, _ = ours(steps, 1e-2, seed)
             found.append((theirs / short, their_loss, short_loss, long_loss))
-            print(f"seed {seed}: nanoGPT 2000 steps {theirs:5.1f} s val {their_loss:.4f}   ours 205 "
-                  f"steps {short:5.1f} s val {short_loss:.4f}  x{theirs / short:.2f}   {steps} steps "
-                  f"{long:5.1f} s val {long_loss:.4f}", flush=True)
+            print(f"seed {seed}: nanoGPT 2000 steps {theirs:5.1f} s val {their_loss:.4f}   "
+                  f"ours 205 steps {short:5.1f} s val {short_loss:.4f}  x{theirs / short:.2f}   "
+                  f"{steps} steps {long:5.1f} s val {long_loss:.4f}", flush=True)
     print("medians: x{:.2f}, val {:.4f}, {:.4f} and {:.4f}".format(
         *map(statistics.median, zip(*found))))
 
 
 if __name__ == "__main__":
-    wanted = {"dtype": dtype, "attention": attention_kernels, "encode": encode,
-              "sample": sample, "speedrun": speedrun, "train": train, "trust": trust}
+    wanted = {"around": around, "attention": attention_kernels, "curves": curves, "dtype": dtype,
+              "encode": encode, "kernels": kernels, "sample": sample, "speedrun": speedrun,
+              "train": train, "trust": trust}
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     script.keep_memory()

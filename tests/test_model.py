@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (GPT, GPTConfig, attention, cross_entropy, drop, fused_attention, fused_gelu, gelu,
-                   layer_norm, sinusoids)
+from model import (GPT, GPTConfig, attention, cross_entropy, drop, fused_attention, fused_gelu,
+                   gelu, layer_norm, sinusoids)
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
 
