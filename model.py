@@ -1,4 +1,4 @@
-"""GPT-2 in one file: the model, text generation, checkpoints, tokenizers.
+"""GPT-2 in one file: the model, text generation, checkpoints, weights of others, tokenizers.
 
 Shapes: B batch, T tokens (query positions), S source positions (keys and values, S = T without a
 cache), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
@@ -7,17 +7,21 @@ Radford et al. 2019, Language Models are Unsupervised Multitask Learners. Every 
 name it has in OpenAI's weights, so that those map one to one.
 """
 
+import hashlib
+import json
 import math
 import os
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import requests
 import tiktoken
 import torch
 from torch import nn
@@ -38,7 +42,7 @@ class GPTConfig:
     qkv_bias: bool = True          # in the query, key and value projection; needs bias
     positions: str = "learned"     # or sinusoidal
     scale_embedding: bool = False  # token embeddings * sqrt(n_embd), made for sinusoidal positions
-    activation: str = "gelu"       # GPT-2's tanh form, or relu
+    activation: str = "gelu"       # GPT-2's tanh form, gelu_erf (the exact one) or relu
     norm: str = "pre"              # LayerNorm before each sublayer, or post: after its residual sum
     tied: bool = True              # the output layer shares the token embedding's matrix
     fused: bool = True             # fused kernels; False: the same from the formulas below
@@ -59,8 +63,8 @@ class GPTConfig:
         for name in ("dropout", "label_smoothing", "layerdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
-        for name, choices in {"positions": ("learned", "sinusoidal"),
-                              "activation": ("gelu", "relu"), "norm": ("pre", "post")}.items():
+        for name, choices in {"positions": ("learned", "sinusoidal"), "norm": ("pre", "post"),
+                              "activation": ("gelu", "gelu_erf", "relu")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}, "
                                  f"not {getattr(self, name)!r}")
@@ -102,6 +106,11 @@ def layer_norm(x, shape, weight, bias=None, eps=1e-5):
 def gelu(x):
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), GPT-2's form (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+def gelu_erf(x):
+    """x Phi(x), of which gelu is an approximation: nanoGPT's."""
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
 fused_gelu = partial(F.gelu, approximate="tanh")
@@ -234,6 +243,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
         self.activation = {"gelu": fused_gelu if config.fused else gelu,
+                           "gelu_erf": F.gelu if config.fused else gelu_erf,
                            "relu": torch.relu}[config.activation]
 
     def forward(self, x):
@@ -499,13 +509,21 @@ def save_checkpoint(path, model, tokenizer, **training):
 def model_from(config, weights):
     """A GPT with these weights, {name: tensor}. Raises ValueError where they are not what config
     asks for, before it takes the memory that config asks for."""
+    if config.n_layer > len(weights):
+        raise ValueError("it has fewer weights than layers")
     with torch.device("meta"):
-        expected = GPT(config).state_dict() if config.n_layer <= len(weights) else {}
-    shapes = {name: w.shape for name, w in weights.items() if w.is_contiguous()}
-    if shapes != {name: w.shape for name, w in expected.items()}:
-        raise ValueError("its weights are not those of its config")
-    model = GPT(config)
-    model.load_state_dict(weights)
+        model = GPT(config)
+    expected = {name: w.shape for name, w in model.state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        w = weights.get(name)
+        if w is None or w.shape != expected.get(name) or not w.is_contiguous():
+            raise ValueError(f"its weights are not those of its config: {name} is "
+                             + ("missing" if w is None else f"of shape {tuple(w.shape)}"
+                                if name in expected else "not among them"))
+    # Assigned, not copied, which would take the memory twice.
+    model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+    if config.tied:
+        model.lm_head.weight = model.wte.weight
     return model
 
 
@@ -518,14 +536,10 @@ def load_checkpoint(path, device="cpu"):
     others = sorted(other.name for other in path.parent.glob("*.pt") if other != path)
     remedy = f"try --checkpoint={' or '.join(others)}" if others else "train again"
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load skips the CRC of each member, and takes one with attributes for a folder.
-            if archive.testzip() or any(info.external_attr for info in archive.infolist()):
-                raise ValueError
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # there is no one exception for a file that is damaged
+        checkpoint = read_archive(path, device)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or not a checkpoint of train.py, {remedy} "
-                         f"({type(error).__name__})") from error
+                         f"({error})") from error
     try:
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
         config = GPTConfig(**checkpoint["config"])
@@ -538,6 +552,298 @@ def load_checkpoint(path, device="cpu"):
                          f"({type(error).__name__}: {reason})") from error
     return checkpoint | {"model": model, "tokenizer": tokenizer}
 
+
+def read_archive(path, device="cpu"):
+    """What torch.save wrote of tensors and plain values. Raises ValueError where it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load skips the CRC of each member, and takes one with attributes for a folder.
+            if archive.testzip() or any(info.external_attr for info in archive.infolist()):
+                raise ValueError
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # there is no one exception for a file that is damaged
+        raise ValueError(type(error).__name__) from error
+
+
+# ---- weights in and out, as transformers, the Hugging Face Hub and nanoGPT keep them ----
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# Parameters have GPT-2's names; these matrices it keeps as (in, out), torch.nn.Linear as (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}  # transformers' names
+# What else a GPT2Config may say, and what it must be for the formulas to be ours.
+ASSUMED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+           "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_pretrained(source, cache_dir, **changes):
+    """(GPT in eval mode, tokenizer): gpt2, gpt2-medium, ... from the Hugging Face Hub by way of
+    cache_dir, a folder as write_pretrained makes it, or nanoGPT's ckpt.pt. changes replace what
+    its config says, block_size by one no larger. Raises ValueError or OSError."""
+    folder = Path(cache_dir, source) if source in PRETRAINED else Path(source)
+    if source in PRETRAINED:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                download([f"{hub}/openai-community/{source}/resolve/main/{name}"], folder / name,
+                         "give a folder that holds config.json and model.safetensors")
+    read = read_nanogpt if folder.suffix == ".pt" else read_gpt2
+    try:
+        config, weights, spec = read(folder)
+        if changes.get("block_size", 0) > config.block_size:
+            raise ValueError(f"its context is {config.block_size} tokens, give --block_size="
+                             f"{config.block_size} or less")
+        config = replace(config, **changes)
+        weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
+        return model_from(config, weights).eval(), tokenizer_from(spec)
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{source} cannot be used: {reason}") from error
+
+
+def read_gpt2(folder):
+    """(GPTConfig, weights, tokenizer's spec) of a folder with config.json and model.safetensors."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"it has no {name}")
+    found = json.loads(read_text(folder / "config.json"))
+    for name, value in ASSUMED.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"its {name} is {found[name]!r}, only {value!r} is GPT-2's")
+    activation = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    config = GPTConfig(
+        found["n_positions"], found["vocab_size"], found["n_layer"], found["n_head"],
+        found["n_embd"], found.get("n_inner") or 0, found.get("resid_pdrop", 0.1),
+        activation=activation[found.get("activation_function", "gelu_new")],
+        tied=found.get("tie_word_embeddings", True))
+    weights = {}
+    for name, w, spec in read_safetensors(folder / "model.safetensors"):
+        name = name.removeprefix("transformer.")
+        if name in weights:
+            raise ValueError(f"it has {name} twice")
+        weights[name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w
+    if config.tied:
+        weights["lm_head.weight"] = weights["wte.weight"]
+    return config, weights, spec
+
+
+def read_safetensors(path):
+    """Yields (name, float32 tensor, tokenizer's spec): 8 bytes of length, a JSON header so long,
+    the numbers it tells of. The header is checked before the first, and that each is finite."""
+    def need(true, what):
+        if not true:
+            raise ValueError(f"{path.name} is damaged or made otherwise ({what}), fetch it again")
+
+    with open(path, "rb") as file:
+        begin, size = 8 + int.from_bytes(file.read(8), "little"), path.stat().st_size
+        need(8 < begin <= min(size, 2 ** 27), "its header does not end")
+        header = json.loads(file.read(begin - 8))
+        spec = json.loads(header.pop("__metadata__", {}).get("tokenizer", '{"kind": "gpt2"}'))
+        end, entries = 0, []
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            need(first == end <= last, f"{name} overlaps another or leaves a gap")
+            end = last
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # masks, which some versions keep among the weights
+            kind, shape = FLOATS.get(entry["dtype"]), entry["shape"]
+            need(kind, f"{name} is of type {entry['dtype']}")
+            need(shape and all(type(n) is int and n > 0 for n in shape), f"{name} has no shape")
+            need(last - first == math.prod(shape) * kind.itemsize, f"{name} has not its size")
+            entries.append((name, kind, shape, first))
+        need(begin + end == size, "it is cut short or goes on")
+        for name, kind, shape, first in entries:
+            raw = bytearray(math.prod(shape) * kind.itemsize)
+            file.seek(begin + first)
+            file.readinto(raw)
+            w = torch.frombuffer(raw, dtype=kind)
+            need(w.isfinite().all(), f"{name} is not finite")
+            yield name, w.view(shape).float(), spec
+
+
+def read_nanogpt(path):
+    """The same of a ckpt.pt of nanoGPT's, whose GELU is the exact one, not GPT-2's."""
+    saved = read_archive(path)
+    args, text = saved["model_args"], Path("data", saved["config"]["dataset"], "meta.json")
+    config = GPTConfig(activation="gelu_erf", **{name: args[name] for name in (
+        "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")})
+    spec = {"kind": "gpt2"}  # of 50,257 tokens, which nanoGPT rounds up
+    if config.vocab_size < 50257:
+        if not text.is_file():
+            raise ValueError(f"it does not hold its characters, prepare {text.parent} here first")
+        spec = json.loads(read_text(text))["tokenizer"]
+    weights = {name.removeprefix("_orig_mod.").removeprefix("transformer."): w.float()
+               for name, w in saved["model"].items() if not name.endswith(".attn.bias")}
+    return config, weights, spec
+
+
+def write_pretrained(model, tokenizer, folder):
+    """Writes config.json, model.safetensors and, of byte-pair tokens, tokenizer.json, as
+    transformers' AutoModelForCausalLM and AutoTokenizer load them. Raises ValueError for what a
+    GPT2Config cannot say. Biases that the model has not are written as zeros."""
+    c = model.config
+    if c.norm != "pre" or c.positions != "learned":
+        raise ValueError("transformers' GPT-2 has neither norm=post nor positions=sinusoidal")
+    with torch.device("meta"):
+        names = GPT(replace(c, bias=True, qkv_bias=True)).state_dict()
+    own, weights = model.state_dict(), {}
+    for name in names.keys() - ({"lm_head.weight"} if c.tied else set()):
+        w = own.get(name, torch.zeros(names[name].shape)).float().cpu()
+        theirs = name if name == "lm_head.weight" else f"transformer.{name}"
+        weights[theirs] = w.T if name.endswith(TRANSPOSED) else w
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", weights, tokenizer.spec)
+    settings = ASSUMED | {
+        "architectures": ["GPT2LMHeadModel"], "activation_function": ACTIVATIONS[c.activation],
+        "n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer,
+        "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner or None,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+        "tie_word_embeddings": c.tied, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    files = {"config.json": settings}
+    if isinstance(tokenizer, BPETokenizer):
+        files["tokenizer.json"] = tokenizer_json(tokenizer)
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size,
+            "bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False}
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def write_safetensors(path, weights, spec):
+    """Writes {name: tensor} as float32, in the order of their names, and a tokenizer's spec."""
+    header, end = {"__metadata__": {"format": "pt", "tokenizer": json.dumps(spec)}}, 0
+    for name, w in sorted(weights.items()):
+        header[name] = {"dtype": "F32", "shape": list(w.shape),
+                        "data_offsets": [end, end + 4 * w.numel()]}
+        end += 4 * w.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, w in sorted(weights.items()):
+            file.write(w.contiguous().numpy().data)
+
+
+def tokenizer_json(tokenizer):
+    """A byte-pair tokenizer in the form of Hugging Face's tokenizers, which writes bytes as
+    printable characters and lists the pairs that are merged, where tiktoken has ranks."""
+    ranks = tokenizer.encoding._mergeable_ranks
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in printable)
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+    def shown(token):
+        return "".join(letters[b] for b in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # by the pairs that came before it, it is down to its own pair
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            at = pairs.index(min(pairs))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append([*map(shown, parts)])
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    gpt2 = tokenizer.spec["kind"] == "gpt2"
+    split = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated",
+             "invert": False}
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "added_tokens": [{"id": tokenizer.eot, "content": EOT, "single_word": False,
+                              "lstrip": False, "rstrip": False, "normalized": False,
+                              "special": True}],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                *([] if gpt2 else [split]), bytes_only | {"use_regex": gpt2}]},
+            "post_processor": None, "decoder": bytes_only | {"use_regex": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": {shown(t): r for t, r in ranks.items()} | {EOT: tokenizer.eot},
+                      "merges": merges}}
+
+
+# ---- downloads ----
+
+def sha256_of(path):
+    """Hexadecimal digest of a file, "" where there is none."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
+    """Fetches a file to path from the first of urls that serves it whole, with this sha256 (or the
+    one the Hugging Face Hub states in X-Linked-Etag). A broken transfer goes on where it stopped,
+    at path.part; after tries rounds that brought nothing, wait, 2 * wait, ... seconds apart, raises
+    OSError with what each url answered, and the remedy. With limit, that many bytes are enough and
+    stay at path.part. Returns the path of what there is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    if 0 < limit <= size_of(part):
+        return part
+    answers, failures = {}, 0
+    while failures < tries:
+        if answers:
+            time.sleep(wait * 2 ** max(0, failures - 1))
+        before = size_of(part)
+        for url in urls:
+            try:
+                total, stated = fetch(url, part, limit, timeout)
+            except requests.RequestException as error:
+                failed = error.response is None
+                answers[url] = type(error).__name__ if failed else error.response.status_code
+                continue
+            have = size_of(part)
+            if 0 < limit <= have != total:
+                return part
+            if have < total:
+                answers[url] = f"{have:,} of {total:,} bytes"
+                continue
+            if have == (total or have) and (sha256 or stated) in ("", sha256_of(part)):
+                os.replace(part, path)
+                return path
+            answers[url] = "a file of another size or sha256"
+            part.unlink()
+        failures = 0 if size_of(part) > before else failures + 1
+    raise OSError(f"{path.name} could not be downloaded ("
+                  + "; ".join(f"{url}: {answer}" for url, answer in answers.items())
+                  + f"), try again or {remedy}")
+
+
+def fetch(url, part, limit, timeout):
+    """Appends to part what it still lacks of url, up to limit bytes; a server that cannot resume
+    sends the whole. Returns the file's size and sha256, as far as the server states them."""
+    have = size_of(part)
+    headers = {"Accept-Encoding": "identity"}
+    if have or limit:
+        headers["Range"] = f"bytes={have}-{limit - 1 if limit else ''}"
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        stated = [one.headers.get("X-Linked-Etag", "").strip('"') for one in answer.history]
+        sha256 = next((tag for tag in stated if len(tag) == 64), "")
+        if have and answer.status_code == 416:  # nothing lies beyond what we have
+            return have, sha256
+        answer.raise_for_status()
+        span, _, total = answer.headers.get("Content-Range", "").partition("/")
+        total = int(total if total.isdigit() else answer.headers.get("Content-Length", 0))
+        with open(part, "ab" if span.startswith(f"bytes {have}-") else "wb") as file:
+            for chunk in answer.iter_content(1 << 14):
+                file.write(chunk)
+                if sys.stderr.isatty():
+                    print(f"\r{part.stem}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB ",
+                          end="\n" if file.tell() == total else "", file=sys.stderr)
+                if 0 < limit <= file.tell():
+                    break
+    return total, sha256
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+# ---- the machine ----
 
 def pick_device(name):
     """The torch device of a setting; auto: CUDA, else MPS, else the CPU."""

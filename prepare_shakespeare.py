@@ -5,21 +5,17 @@
     python prepare_shakespeare.py --source=novel.txt --dataset=novel
 """
 
-import hashlib
 import json
-import os
-import sys
 import threading
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import requests
 
 from config import configure, stop, stop_on_error
-from model import CharTokenizer, atomic_write, read_text, token_dtype, tokenizer_from
+from model import (CharTokenizer, atomic_write, download, read_text, sha256_of, token_dtype,
+                   tokenizer_from)
 
 # Text
 source = ""           # a UTF-8 text file; empty: Tiny Shakespeare (1.1 MB), fetched to data/
@@ -76,83 +72,6 @@ def main():
                 else tokenizer_from({"kind": tokenizer}))
         write_dataset(folder, {name: [[part]] for name, part in splits.items()}, made, made_by)
     print(f"next: python train.py config/shakespeare_cpu.py --dataset={folder.name}")
-
-
-def sha256_of(path):
-    """Hexadecimal digest of a file, "" where there is none."""
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
-    """Fetches a file to path from the first of urls that serves it whole, with this sha256 (or the
-    one the Hugging Face Hub states in X-Linked-Etag). A broken transfer goes on where it stopped,
-    at path.part; after tries rounds that brought nothing, wait, 2 * wait, ... seconds apart, raises
-    OSError with what each url answered, and the remedy. With limit, that many bytes are enough and
-    stay at path.part. Returns the path of what there is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    if 0 < limit <= size_of(part):
-        return part
-    answers, failures = {}, 0
-    while failures < tries:
-        if answers:
-            time.sleep(wait * 2 ** max(0, failures - 1))
-        before = size_of(part)
-        for url in urls:
-            try:
-                total, stated = fetch(url, part, limit, timeout)
-            except requests.RequestException as error:
-                failed = error.response is None
-                answers[url] = type(error).__name__ if failed else error.response.status_code
-                continue
-            have = size_of(part)
-            if 0 < limit <= have != total:
-                return part
-            if have < total:
-                answers[url] = f"{have:,} of {total:,} bytes"
-                continue
-            if have == (total or have) and (sha256 or stated) in ("", sha256_of(part)):
-                os.replace(part, path)
-                return path
-            answers[url] = "a file of another size or sha256"
-            part.unlink()
-        failures = 0 if size_of(part) > before else failures + 1
-    raise OSError(f"{path.name} could not be downloaded ("
-                  + "; ".join(f"{url}: {answer}" for url, answer in answers.items())
-                  + f"), try again or {remedy}")
-
-
-def fetch(url, part, limit, timeout):
-    """Appends to part what it still lacks of url, up to limit bytes; a server that cannot resume
-    sends the whole. Returns the file's size and sha256, as far as the server states them."""
-    have = size_of(part)
-    headers = {"Accept-Encoding": "identity"}
-    if have or limit:
-        headers["Range"] = f"bytes={have}-{limit - 1 if limit else ''}"
-    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
-        stated = [one.headers.get("X-Linked-Etag", "").strip('"') for one in answer.history]
-        sha256 = next((tag for tag in stated if len(tag) == 64), "")
-        if have and answer.status_code == 416:  # nothing lies beyond what we have
-            return have, sha256
-        answer.raise_for_status()
-        span, _, total = answer.headers.get("Content-Range", "").partition("/")
-        total = int(total if total.isdigit() else answer.headers.get("Content-Length", 0))
-        with open(part, "ab" if span.startswith(f"bytes {have}-") else "wb") as file:
-            for chunk in answer.iter_content(1 << 14):
-                file.write(chunk)
-                if sys.stderr.isatty():
-                    print(f"\r{part.stem}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB ",
-                          end="\n" if file.tell() == total else "", file=sys.stderr)
-                if 0 < limit <= file.tell():
-                    break
-    return total, sha256
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
 
 
 def is_complete(folder, made_by):

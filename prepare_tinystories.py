@@ -24,8 +24,8 @@ from string import Formatter
 import numpy as np
 
 from config import configure, stop, stop_on_error
-from model import EOT, PIECES, CharTokenizer, atomic_write, tokenizer_from
-from prepare_shakespeare import download, is_complete, write_dataset
+from model import EOT, PIECES, CharTokenizer, atomic_write, download, tokenizer_from
+from prepare_shakespeare import is_complete, write_dataset
 
 # Stories
 source = "tinystories"   # tinystories, tinystories_v2, grammar, or a file or folder of .txt files

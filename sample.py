@@ -12,9 +12,13 @@ from pathlib import Path
 import torch
 
 from config import configure, stop, stop_on_error
-from model import EOT, compiled, encode_prompt, load_checkpoint, pick_device
+from model import (EOT, PRETRAINED, compiled, encode_prompt, load_checkpoint, load_pretrained,
+                   pick_device, write_pretrained)
 
 # Model
+init_from = "resume"     # a run of train.py; gpt2 (-medium, -large, -xl); a folder; a ckpt.pt
+cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
+export = ""              # a folder to write for transformers, instead of text
 out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
 checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
@@ -43,11 +47,18 @@ def main():
     check_settings()
     with stop_on_error(2):
         target = pick_device(device)
-    path = Path(out_dir or newest_run()) / checkpoint
+    path, saved = init_from, {}
     with stop_on_error():
-        saved = load_checkpoint(path, target)
-    model, tokenizer = saved["model"], saved["tokenizer"]
-    model.to(pick_dtype(model, target))
+        if init_from == "resume":
+            path = Path(out_dir or newest_run()) / checkpoint
+            saved = load_checkpoint(path, target)
+            model, tokenizer = saved["model"], saved["tokenizer"]
+        else:
+            model, tokenizer = load_pretrained(init_from, cache_dir)
+        if export:
+            write_pretrained(model, tokenizer, Path(export))
+            return print(f"{path} as {export}, for AutoModelForCausalLM.from_pretrained")
+    model.to(target, pick_dtype(model, target))
     model.step = compiled(model.step, compile.lower(), target, partial(trial, model), dynamic=True)
     if interactive:
         print(f"{path}, an empty line or Ctrl-D ends", file=sys.stderr)
@@ -67,6 +78,10 @@ def main():
 
 
 def check_settings():
+    begins = ("resume", *PRETRAINED)
+    if init_from not in begins and not Path(init_from).exists():
+        stop(f"--init_from must be {', '.join(begins)}, a folder with config.json and "
+             f"model.safetensors, or nanoGPT's ckpt.pt, not {init_from!r}", 2)
     for name in ("temperature", "top_k", "max_new_tokens", "seed"):
         if settings[name] < 0:
             stop(f"--{name} must not be negative, not {settings[name]}", 2)

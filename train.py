@@ -19,6 +19,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,14 @@ import torch
 from torch import distributed, nn
 
 from config import configure, stop, stop_on_error
-from model import (EOT, GPT, GPTConfig, atomic_write, compiled, encode_prompt, evaluating,
-                   load_checkpoint, pick_device, save_checkpoint, token_dtype, tokenizer_from)
+from model import (EOT, GPT, PRETRAINED, GPTConfig, atomic_write, compiled, encode_prompt,
+                   evaluating, load_checkpoint, load_pretrained, pick_device, save_checkpoint,
+                   token_dtype, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
-init_from = "scratch"        # scratch, or resume: go on with the run in out_dir
+init_from = "scratch"        # or resume (a run), gpt2 (-medium, -large, -xl), a folder, a ckpt.pt
+cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 checkpoint = ""              # which file of it to resume; empty: last.pt, or best.pt to evaluate
 eval_only = False            # evaluate every split and stop
 overwrite = False            # a run from scratch may replace the one in out_dir
@@ -85,6 +88,9 @@ sample_interval = 0          # steps between samples of the model's text; 0: non
 start = "\n"                 # what those samples continue; FILE:prompt.txt reads a file
 save_interval = 0            # steps between saves of last.pt, besides those after an evaluation
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
+wandb_log = False            # the log's figures to Weights & Biases, too
+wandb_project = "gpt2"
+wandb_run_name = ""          # empty: the name of the run's folder
 # Machine
 device = "auto"              # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"               # auto, float32, bfloat16 or float16 (CUDA only)
@@ -93,9 +99,10 @@ settings = configure(globals())
 
 # A resumed run may change these; with any other it would be another run.
 FREE_ON_RESUME = {
-    "out_dir", "init_from", "checkpoint", "eval_only", "overwrite", "max_iters", "max_epochs",
-    "patience", "eval_interval", "eval_epochs", "eval_iters", "log_interval", "sample_interval",
-    "start", "save_interval", "snapshot_interval", "device", "dtype", "compile"}
+    "out_dir", "init_from", "cache_dir", "checkpoint", "eval_only", "overwrite", "max_iters",
+    "max_epochs", "patience", "eval_interval", "eval_epochs", "eval_iters", "log_interval",
+    "sample_interval", "start", "save_interval", "snapshot_interval", "wandb_log", "wandb_project",
+    "wandb_run_name", "device", "dtype", "compile"}
 
 # torchrun starts world_size processes and tells each of them its rank. One takes every
 # world_size-th batch of a step, from its rank on; rank 0 prints and writes.
@@ -128,9 +135,11 @@ def main():
     if init_from == "resume":
         saved = load_run(begin, tokenizer, target, progress)
         raw, progress, states = saved["model"].train(), saved["progress"], saved["states"]
-    else:
+    elif init_from == "scratch":
         torch.manual_seed(random_seed("weights"))
         raw, states = GPT(config).to(target), []
+    else:
+        raw, states = load_weights(tokenizer).to(target).train(), []
     print(f"model: {raw.num_params():,} parameters, vocabulary of {config.vocab_size:,}, "
           f"{raw.flops_per_token() / 1e6:,.1f} MFLOPs to train on a token")
     if eval_only:
@@ -237,7 +246,11 @@ def main():
 
 def check_settings(run_dir):
     """Stops at the first value that cannot work, before anything is loaded or written."""
-    for name, choices in {"init_from": ("scratch", "resume"), "lr_schedule": ("cosine", "linear"),
+    begins = ("scratch", "resume", *PRETRAINED)
+    if init_from not in begins and not os.path.exists(init_from):
+        stop(f"--init_from must be {', '.join(begins)}, a folder with config.json and "
+             f"model.safetensors, or nanoGPT's ckpt.pt, not {init_from!r}", 2)
+    for name, choices in {"lr_schedule": ("cosine", "linear"),
                           "optimizer": ("adamw", "adamw_scratch", "muon"),
                           "dtype": ("auto", "float32", "bfloat16", "float16"),
                           "compile": ("auto", "true", "false")}.items():
@@ -255,7 +268,9 @@ def check_settings(run_dir):
     if gradient_accumulation_steps % world_size:
         stop(f"--gradient_accumulation_steps must be a multiple of the {world_size} processes, "
              f"not {gradient_accumulation_steps}", 2)
-    if init_from == "scratch" and not (eval_only or overwrite) and any(run_dir.glob("*.pt")):
+    if wandb_log and not find_spec("wandb"):
+        stop("--wandb_log=True needs the package wandb: pip install wandb, or leave it out", 2)
+    if init_from != "resume" and not (eval_only or overwrite) and any(run_dir.glob("*.pt")):
         stop(f"{run_dir} holds a run already, go on with it by --init_from=resume, replace it by "
              f"--overwrite=True or give another --out_dir", 2)
 
@@ -652,15 +667,15 @@ def writing(path):
 
 
 def open_metrics(run_dir, step):
-    """A csv writer of COLUMNS to run_dir/metrics.csv that goes on behind the rows up to step; a run
-    from scratch first removes what another has left. Prints the columns' names."""
+    """Functions that keep a row: one goes on with run_dir/metrics.csv behind the rows up to step,
+    one feeds wandb, where asked for. A run from scratch first removes what another has left."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     if rank:
-        return None
+        return []
     path = run_dir / "metrics.csv"
     with writing(path):
         run_dir.mkdir(parents=True, exist_ok=True)
-        if init_from == "scratch":
+        if init_from != "resume":
             for pattern in ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "samples.txt"):
                 for old in run_dir.glob(pattern):
                     old.unlink()
@@ -670,17 +685,26 @@ def open_metrics(run_dir, step):
         with atomic_write(path) as file:
             file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
         file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # a line at a time
-    return csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+
+    def keep(row):
+        with writing(path):
+            table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                            for name, value in row.items()})
+
+    if not wandb_log:
+        return [keep]
+    import wandb  # a package that most do without
+    board = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, config=settings)
+    return [keep, lambda row: board.log(row, step=row["step"])]
 
 
 def log(metrics, row):
-    """One line on the terminal and in metrics.csv; what a row lacks stays blank."""
+    """One line on the terminal and in each of metrics; what a row lacks stays blank."""
     print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
                   for name, (width, form) in COLUMNS.items()), flush=True)
-    if metrics:
-        with writing("metrics.csv"):
-            metrics.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                              for name, value in row.items()})
+    for keep in metrics:
+        keep(row)
 
 
 def write_sample(raw, tokenizer, ids, step, path, length=200):
@@ -701,6 +725,18 @@ def save_run(run_dir, names, raw, tokenizer, progress, stateful):
         with writing(run_dir / name):
             save_checkpoint(run_dir / name, raw, tokenizer, settings=settings, progress=progress,
                             states=[part.state_dict() for part in stateful])
+
+
+def load_weights(tokenizer):
+    """The GPT that init_from names, cropped to block_size; its sizes are its own, dropout and the
+    like are this run's."""
+    own = ("block_size", "dropout", "label_smoothing", "layerdrop", "fused")
+    with stop_on_error():
+        model, theirs = load_pretrained(init_from, cache_dir, **{n: settings[n] for n in own})
+    if theirs.spec != tokenizer.spec:
+        stop(f"{init_from} reads other tokens than data/{dataset}, prepare data with the "
+             f"tokenizer {theirs.spec['kind']}, and the same text where it is char")
+    return model
 
 
 def load_run(path, tokenizer, target, progress):

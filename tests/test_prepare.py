@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from conftest import one_sentence
 
 import prepare_shakespeare
-from model import (BPETokenizer, ByteTokenizer, CharTokenizer, atomic_write, encode_prompt,
-                   tokenizer_from)
-from prepare_shakespeare import download, write_dataset
+from model import (BPETokenizer, ByteTokenizer, CharTokenizer, atomic_write, download,
+                   encode_prompt, tokenizer_from)
+from prepare_shakespeare import write_dataset
 
 
 def meta(folder):
@@ -227,7 +228,7 @@ def test_a_failed_download_is_one_sentence_and_leaves_no_dataset(
 
 def test_without_a_network_the_script_says_how_to_go_on(run, monkeypatch):
     def refuse(*_, **__):
-        raise prepare_shakespeare.requests.ConnectionError
+        raise requests.ConnectionError
     monkeypatch.setattr("requests.get", refuse)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     one_sentence(run("prepare_shakespeare.py"), 1, "could not be downloaded", "--source=FILE")

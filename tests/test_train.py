@@ -362,7 +362,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
     (["--max_iters=-1"], 2, ["--max_iters must not be negative"]),
     (["--optimizer=sgd"], 2, ["--optimizer must be adamw, adamw_scratch or muon, not 'sgd'"]),
     (["--device=tpu9"], 2, ["device 'tpu9' cannot be used here"]),
-    (["--init_from=gpt9"], 2, ["--init_from must be scratch or resume"]),
+    (["--init_from=gpt9"], 2, ["--init_from must be scratch, resume, gpt2"]),
     (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
     (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),
 ])
