@@ -145,7 +145,7 @@ def cross_entropy(logits, targets, smoothing=0.0):
 
 class SlicedCrossEntropy(torch.autograd.Function):
     """The same in slices that stay in a CPU's cache, where all of GPT-2's logits as floats, and
-    again for their gradient, took 1.6 times as long and 0.4 GB for 1024 tokens."""
+    again for their gradient, took twice as long and 0.4 GB for 1024 tokens."""
 
     @staticmethod
     def slices(logits, *others):

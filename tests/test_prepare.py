@@ -9,7 +9,6 @@ import pytest
 import requests
 from conftest import one_sentence
 
-import prepare_shakespeare
 from model import (BPETokenizer, ByteTokenizer, CharTokenizer, atomic_write, download,
                    encode_prompt, tokenizer_from)
 from prepare_shakespeare import write_dataset
