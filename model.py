@@ -577,10 +577,17 @@ ASSUMED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def check_source(name, *others):
+    """Raises ValueError where name is none of others and nothing that load_pretrained takes."""
+    if name not in (*others, *PRETRAINED) and not os.path.exists(name):
+        raise ValueError(f"--init_from must be {', '.join((*others, *PRETRAINED))}, a .pt file, or "
+                         f"a folder with config.json and model.safetensors, not {name!r}")
+
+
 def load_pretrained(source, cache_dir, **changes):
     """(GPT in eval mode, tokenizer): gpt2, gpt2-medium, ... from the Hugging Face Hub by way of
-    cache_dir, a folder as write_pretrained makes it, or nanoGPT's ckpt.pt. changes replace what
-    its config says, block_size by one no larger. Raises ValueError or OSError."""
+    cache_dir, a folder as write_pretrained makes it, or a .pt file of ours or nanoGPT's. changes
+    replace what its config says, block_size by one no larger. Raises ValueError or OSError."""
     folder = Path(cache_dir, source) if source in PRETRAINED else Path(source)
     if source in PRETRAINED:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -588,7 +595,7 @@ def load_pretrained(source, cache_dir, **changes):
             if not (folder / name).is_file():
                 download([f"{hub}/openai-community/{source}/resolve/main/{name}"], folder / name,
                          "give a folder that holds config.json and model.safetensors")
-    read = read_nanogpt if folder.suffix == ".pt" else read_gpt2
+    read = read_pt if folder.suffix == ".pt" else read_gpt2
     try:
         config, weights, spec = read(folder)
         if changes.get("block_size", 0) > config.block_size:
@@ -622,15 +629,16 @@ def read_gpt2(folder):
         name = name.removeprefix("transformer.")
         if name in weights:
             raise ValueError(f"it has {name} twice")
-        weights[name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w
+        w = w.T if name.endswith(TRANSPOSED) else w
+        weights[name] = torch.empty(w.shape).copy_(w)
     if config.tied:
         weights["lm_head.weight"] = weights["wte.weight"]
     return config, weights, spec
 
 
 def read_safetensors(path):
-    """Yields (name, float32 tensor, tokenizer's spec): 8 bytes of length, a JSON header so long,
-    the numbers it tells of. The header is checked before the first, and that each is finite."""
+    """Yields (name, tensor until the next, tokenizer's spec): 8 bytes of length, a JSON header so
+    long, the numbers it tells of. It is checked before the first, and that each is finite."""
     def need(true, what):
         if not true:
             raise ValueError(f"{path.name} is damaged or made otherwise ({what}), fetch it again")
@@ -653,18 +661,21 @@ def read_safetensors(path):
             need(last - first == math.prod(shape) * kind.itemsize, f"{name} has not its size")
             entries.append((name, kind, shape, first))
         need(begin + end == size, "it is cut short or goes on")
-        for name, kind, shape, first in entries:
-            raw = bytearray(math.prod(shape) * kind.itemsize)
+        sizes = [math.prod(shape) * kind.itemsize for _, kind, shape, _ in entries]
+        place = torch.empty(max(sizes, default=0), dtype=torch.uint8)  # of one after another
+        for (name, kind, shape, first), n in zip(entries, sizes):
             file.seek(begin + first)
-            file.readinto(raw)
-            w = torch.frombuffer(raw, dtype=kind)
-            need(w.isfinite().all(), f"{name} is not finite")
-            yield name, w.view(shape).float(), spec
+            file.readinto(place[:n].numpy())
+            w = place[:n].view(kind).view(shape)
+            need(torch.stack(w.aminmax()).isfinite().all(), f"{name} is not finite")
+            yield name, w, spec
 
 
-def read_nanogpt(path):
-    """The same of a ckpt.pt of nanoGPT's, whose GELU is the exact one, not GPT-2's."""
+def read_pt(path):
+    """The same of a checkpoint of ours, or of nanoGPT's, whose GELU is the exact one."""
     saved = read_archive(path)
+    if "model_args" not in saved:
+        return GPTConfig(**saved["config"]), saved["model"], saved["tokenizer"]
     args, text = saved["model_args"], Path("data", saved["config"]["dataset"], "meta.json")
     config = GPTConfig(activation="gelu_erf", **{name: args[name] for name in (
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")})
@@ -688,10 +699,12 @@ def write_pretrained(model, tokenizer, folder):
     with torch.device("meta"):
         names = GPT(replace(c, bias=True, qkv_bias=True)).state_dict()
     own, weights = model.state_dict(), {}
-    for name in names.keys() - ({"lm_head.weight"} if c.tied else set()):
-        w = own.get(name, torch.zeros(names[name].shape)).float().cpu()
-        theirs = name if name == "lm_head.weight" else f"transformer.{name}"
-        weights[theirs] = w.T if name.endswith(TRANSPOSED) else w
+    for name, expected in names.items():
+        w = own.get(name, torch.zeros(expected.shape)).float().cpu()
+        weights[f"transformer.{name}"] = w.T if name.endswith(TRANSPOSED) else w
+    head = weights.pop("transformer.lm_head.weight")
+    if not c.tied:
+        weights["lm_head.weight"] = head
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", weights, tokenizer.spec)
     settings = ASSUMED | {
@@ -724,44 +737,6 @@ def write_safetensors(path, weights, spec):
         file.write(len(text).to_bytes(8, "little") + text)
         for _, w in sorted(weights.items()):
             file.write(w.contiguous().numpy().data)
-
-
-def tokenizer_json(tokenizer):
-    """A byte-pair tokenizer in the form of Hugging Face's tokenizers, which writes bytes as
-    printable characters and lists the pairs that are merged, where tiktoken has ranks."""
-    ranks = tokenizer.encoding._mergeable_ranks
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (b for b in range(256) if b not in printable)
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-    def shown(token):
-        return "".join(letters[b] for b in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # by the pairs that came before it, it is down to its own pair
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            at = pairs.index(min(pairs))
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append([*map(shown, parts)])
-    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    gpt2 = tokenizer.spec["kind"] == "gpt2"
-    split = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated",
-             "invert": False}
-    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-            "added_tokens": [{"id": tokenizer.eot, "content": EOT, "single_word": False,
-                              "lstrip": False, "rstrip": False, "normalized": False,
-                              "special": True}],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                *([] if gpt2 else [split]), bytes_only | {"use_regex": gpt2}]},
-            "post_processor": None, "decoder": bytes_only | {"use_regex": False},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {shown(t): r for t, r in ranks.items()} | {EOT: tokenizer.eot},
-                      "merges": merges}}
 
 
 # ---- downloads ----
@@ -985,6 +960,44 @@ def own_encoding(tokens):
         raise ValueError("a byte-pair vocabulary must not repeat a token")
     return tiktoken.Encoding("bpe", pat_str=PIECES, special_tokens={EOT: len(known)},
                              mergeable_ranks={token: rank for rank, token in enumerate(known)})
+
+
+def tokenizer_json(tokenizer):
+    """A byte-pair tokenizer in the form of Hugging Face's tokenizers, which writes bytes as
+    printable characters and lists the pairs that are merged, where tiktoken has ranks."""
+    ranks = tokenizer.encoding._mergeable_ranks
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in printable)
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+    def shown(token):
+        return "".join(letters[b] for b in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # by the pairs that came before it, it is down to its own pair
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            at = pairs.index(min(pairs))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append([*map(shown, parts)])
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    gpt2 = tokenizer.spec["kind"] == "gpt2"
+    split = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated",
+             "invert": False}
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "added_tokens": [{"id": tokenizer.eot, "content": EOT, "single_word": False,
+                              "lstrip": False, "rstrip": False, "normalized": False,
+                              "special": True}],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                *([] if gpt2 else [split]), bytes_only | {"use_regex": gpt2}]},
+            "post_processor": None, "decoder": bytes_only | {"use_regex": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": {shown(t): r for t, r in ranks.items()} | {EOT: tokenizer.eot},
+                      "merges": merges}}
 
 
 def tokenizer_from(spec):

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from config import configure, stop, stop_on_error
-from model import (EOT, PRETRAINED, compiled, encode_prompt, load_checkpoint, load_pretrained,
+from model import (EOT, check_source, compiled, encode_prompt, load_checkpoint, load_pretrained,
                    pick_device, write_pretrained)
 
 # Model
-init_from = "resume"     # a run of train.py; gpt2 (-medium, -large, -xl); a folder; a ckpt.pt
+init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 export = ""              # a folder to write for transformers, instead of text
 out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
@@ -78,10 +78,8 @@ def main():
 
 
 def check_settings():
-    begins = ("resume", *PRETRAINED)
-    if init_from not in begins and not Path(init_from).exists():
-        stop(f"--init_from must be {', '.join(begins)}, a folder with config.json and "
-             f"model.safetensors, or nanoGPT's ckpt.pt, not {init_from!r}", 2)
+    with stop_on_error(2):
+        check_source(init_from, "resume")
     for name in ("temperature", "top_k", "max_new_tokens", "seed"):
         if settings[name] < 0:
             stop(f"--{name} must not be negative, not {settings[name]}", 2)

@@ -27,13 +27,13 @@ import torch
 from torch import distributed, nn
 
 from config import configure, stop, stop_on_error
-from model import (EOT, GPT, PRETRAINED, GPTConfig, atomic_write, compiled, encode_prompt,
+from model import (EOT, GPT, GPTConfig, atomic_write, check_source, compiled, encode_prompt,
                    evaluating, load_checkpoint, load_pretrained, pick_device, save_checkpoint,
                    token_dtype, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
-init_from = "scratch"        # or resume (a run), gpt2 (-medium, -large, -xl), a folder, a ckpt.pt
+init_from = "scratch"        # or resume (a run), gpt2 (-medium, -large, -xl), a folder, a .pt file
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 checkpoint = ""              # which file of it to resume; empty: last.pt, or best.pt to evaluate
 eval_only = False            # evaluate every split and stop
@@ -246,10 +246,8 @@ def main():
 
 def check_settings(run_dir):
     """Stops at the first value that cannot work, before anything is loaded or written."""
-    begins = ("scratch", "resume", *PRETRAINED)
-    if init_from not in begins and not os.path.exists(init_from):
-        stop(f"--init_from must be {', '.join(begins)}, a folder with config.json and "
-             f"model.safetensors, or nanoGPT's ckpt.pt, not {init_from!r}", 2)
+    with stop_on_error(2):
+        check_source(init_from, "scratch", "resume")
     for name, choices in {"lr_schedule": ("cosine", "linear"),
                           "optimizer": ("adamw", "adamw_scratch", "muon"),
                           "dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -6,6 +6,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +109,8 @@ def train(run, verse):
 @pytest.fixture
 def serve():
     """serve(body, answer, answer, ...) -> a url whose requests are answered in turn, the last for
-    ever. An answer is a status, or "whole", "cut" (half of what it promised), "wrong", "no ranges".
+    ever. An answer is a status, or "whole", "cut" (half of what it promised), "wrong", "no ranges",
+    "stall" (half, then nothing for a second).
     With sha256 it first redirects, and states that hash, as the Hugging Face Hub does.
     serve.seen lists the (answer, Range) of each request."""
     servers = []
@@ -133,8 +135,9 @@ def serve():
                 whole = b"?" * len(body) if answer == "wrong" else body
                 if span and answer != "no ranges":
                     spans = {"Content-Range": f"bytes {first}-{end - 1}/{len(body)}"}
-                    return self.reply(206, whole[first:end], spans, answer == "cut")
-                self.reply(200, whole, {}, answer == "cut")
+                    return self.reply(206, whole[first:end], spans, answer in ("cut", "stall"))
+                self.reply(200, whole, {}, answer in ("cut", "stall"))
+                time.sleep(answer == "stall")
 
             def reply(self, status, data, headers, cut=False):
                 self.send_response(status)

@@ -180,6 +180,12 @@ def test_a_cut_download_goes_on_where_it_stopped(server, serve):
     assert 0 < int(rest[6:-1]) <= len(BODY) // 2
 
 
+def test_a_download_that_stalls_is_taken_up_again(server):
+    url = server("stall", "whole")
+    download((url,), Path("x.txt"), "pass a copy", SHA, wait=0.01, timeout=0.2)
+    assert Path("x.txt").read_bytes() == BODY
+
+
 def test_the_next_url_is_asked_at_once(server, serve):
     assert fetched(server(404), server("whole"))
     assert [answer for answer, _ in serve.seen] == [404, "whole"]

@@ -203,7 +203,7 @@ def test_a_config_that_is_not_gpt2s_is_one_sentence(run, change, words):
     one_sentence(run("sample.py", "--init_from=ours"), 1, "ours cannot be used", words)
 
 
-def test_half_precision_is_read_as_float32():
+def test_every_precision_is_read():
     w = torch.randn(3, 5)
     for name, kind in {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}.items():
         raw = w.to(kind).view(torch.uint8).numpy().tobytes()
@@ -211,7 +211,7 @@ def test_half_precision_is_read_as_float32():
                                    "data_offsets": [0, len(raw)]}}).encode()
         Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw)
         (found, tensor, _), = read_safetensors(Path("x.safetensors"))
-        assert found == "x" and torch.equal(tensor, w.to(kind).float())
+        assert found == "x" and torch.equal(tensor, w.to(kind))
 
 
 # ---- the Hub ----
@@ -272,6 +272,12 @@ def test_training_begins_with_the_weights(train, weights):
     evaluated = train("--init_from=ours", "--eval_only=True", "--eval_iters=0").out
     assert f"{found:.4f}" in evaluated
     assert train("--init_from=resume", "--max_iters=8").status == 0
+
+
+def test_training_begins_with_another_runs_checkpoint(train, weights):
+    Path("ours.pt").write_bytes(Path("out/tiny/best.pt").read_bytes())
+    exact = ("--eval_only=True", "--eval_iters=0")
+    assert train("--init_from=ours.pt", *exact).out == train("--init_from=ours", *exact).out
 
 
 def test_a_context_is_cropped_never_stretched(train, weights):
