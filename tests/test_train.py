@@ -14,7 +14,7 @@ from conftest import TINY, one_sentence
 
 import model
 import train as script
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -229,6 +229,32 @@ def test_only_matrices_decay_and_every_parameter_has_one_optimizer(monkeypatch, 
     for group in groups:
         for p in group["params"]:
             assert (group["weight_decay"] > 0) == (p.dim() == 2)
+
+
+def test_a_padded_vocabulary_trains_and_is_never_drawn(train, run):
+    result = train("--vocab_multiple=64", "--sample_interval=3")
+    assert result.status == 0 and "vocabulary of 64" in result.out
+    saved = load_checkpoint("out/tiny/best.pt")
+    vocab_size = saved["tokenizer"].vocab_size
+    assert vocab_size < 64 == len(saved["model"].wte.weight)
+    with torch.no_grad():  # as bad as can be: the ids added are the likeliest
+        saved["model"].wte.weight[vocab_size:] = 100 * saved["model"].wte.weight[:1]
+    save_checkpoint("out/tiny/best.pt", saved["model"], saved["tokenizer"])
+    assert len(run("sample.py", "--start=From", "--max_new_tokens=50").out) >= 50
+
+
+def test_mfu_is_held_against_the_gpu_by_name(monkeypatch, capsys):
+    raw = GPT(GPTConfig(256, 65, 2, 2, 16))
+    progress = {"step": 10, "seconds": 2.0, "best_loss": 1.0, "stale": 0, "skipped": 0,
+                "best_step": 0}
+    monkeypatch.setattr(script, "peak_memory", lambda target: 0)
+    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12,
+                       "Some GPU": 0}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda target, name=name: name)
+        script.print_summary(progress, 10 ** 6, {}, Path(), raw, torch.device("cuda"))
+        share = peak and raw.flops_per_token() * 10 ** 7 * script.block_size / 2 / peak
+        expected = f"{share:.1%}" if peak else "n/a"
+        assert f"MFU {expected}," in capsys.readouterr().out
 
 
 def test_the_schedule_warms_up_and_lands_on_min_lr(monkeypatch):
