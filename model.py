@@ -603,10 +603,15 @@ def load_pretrained(source, cache_dir, **changes):
                              f"{config.block_size} or less")
         config = replace(config, **changes)
         weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
-        return model_from(config, weights).eval(), tokenizer_from(spec)
+        model, tokenizer = model_from(config, weights).eval(), tokenizer_from(spec)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"it has {config.vocab_size:,} tokens, and its tokenizer, "
+                             f"{spec['kind']}, {tokenizer.vocab_size:,}")
+        return model, tokenizer
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{source} cannot be used: {reason}") from error
+        again = ", remove it to fetch it again" if source in PRETRAINED else ""
+        raise ValueError(f"{folder} cannot be used: {reason}{again}") from error
 
 
 def read_gpt2(folder):

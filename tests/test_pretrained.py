@@ -253,6 +253,18 @@ def test_a_hub_that_serves_something_else_is_one_sentence(hub, run, monkeypatch)
     assert not Path("cache/gpt2/model.safetensors").exists()
 
 
+def test_a_cache_that_is_damaged_is_named(hub, run):
+    hub("whole")
+    Path("cache/gpt2/config.json").write_text("<html>")
+    one_sentence(run("sample.py", "--init_from=gpt2", "--cache_dir=cache"), 1,
+                 "cache/gpt2 cannot be used", "remove it to fetch it again")
+
+
+def test_a_model_of_fewer_tokens_than_gpt2s_is_refused(gpt2, run):
+    damaged(lambda header, body: header.update(__metadata__={"format": "pt"}))
+    one_sentence(run("sample.py", "--init_from=ours"), 1, "it has 256 tokens", "gpt2, 50,257")
+
+
 # ---- training from weights ----
 
 @pytest.fixture
