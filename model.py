@@ -594,7 +594,7 @@ def load_pretrained(source, cache_dir, **changes):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 download([f"{hub}/openai-community/{source}/resolve/main/{name}"], folder / name,
-                         "give a folder that holds config.json and model.safetensors")
+                         "give --init_from=FOLDER with config.json and model.safetensors")
     read = read_pt if folder.suffix == ".pt" else read_gpt2
     try:
         config, weights, spec = read(folder)
