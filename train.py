@@ -89,6 +89,7 @@ sample_interval = 0          # steps between samples of the model's text; 0: non
 start = "\n"                 # what those samples continue; FILE:prompt.txt reads a file
 save_interval = 0            # steps between saves of last.pt, besides those after an evaluation
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
+plot = True                  # loss.png at each evaluation, where matplotlib is installed
 wandb_log = False            # the log's figures to Weights & Biases, too
 wandb_project = "gpt2"
 wandb_run_name = ""          # empty: the name of the run's folder
@@ -102,8 +103,8 @@ settings = configure(globals())
 FREE_ON_RESUME = {
     "out_dir", "init_from", "cache_dir", "checkpoint", "eval_only", "overwrite", "max_iters",
     "max_epochs", "patience", "eval_interval", "eval_epochs", "eval_iters", "log_interval",
-    "sample_interval", "start", "save_interval", "snapshot_interval", "wandb_log", "wandb_project",
-    "wandb_run_name", "device", "dtype", "compile"}
+    "sample_interval", "start", "save_interval", "snapshot_interval", "plot", "wandb_log",
+    "wandb_project", "wandb_run_name", "device", "dtype", "compile"}
 
 # torchrun starts world_size processes and tells each of them its rank. One takes every
 # world_size-th batch of a step, from its rank on; rank 0 prints and writes.
@@ -171,7 +172,7 @@ def main():
     first = progress["step"]
     if first and first >= steps:
         stop(f"{begin} has {first} steps already, give a larger --max_iters", 2)
-    metrics = open_metrics(run_dir, first)
+    metrics = open_metrics(run_dir, first, meta["splits"]["val"].get("nats_per_token"))
     signals = catch_signals()
     began = time.time() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
@@ -667,9 +668,9 @@ def writing(path):
              f"what was saved before is whole")
 
 
-def open_metrics(run_dir, step):
+def open_metrics(run_dir, step, floor):
     """Functions that keep a row: one goes on with run_dir/metrics.csv behind the rows up to step,
-    one feeds wandb, where asked for. A run from scratch first removes what another has left."""
+    one draws loss.png from it, one feeds wandb. A new run removes what another has left."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     if rank:
         return []
@@ -677,7 +678,8 @@ def open_metrics(run_dir, step):
     with writing(path):
         run_dir.mkdir(parents=True, exist_ok=True)
         if init_from != "resume":
-            for pattern in ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "samples.txt"):
+            for pattern in ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "loss.png",
+                            "samples.txt"):
                 for old in run_dir.glob(pattern):
                     old.unlink()
         rows = path.read_text("utf-8", "replace").splitlines()[1:] if path.exists() else []
@@ -693,11 +695,53 @@ def open_metrics(run_dir, step):
             table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
                             for name, value in row.items()})
 
-    if not wandb_log:
-        return [keep]
-    import wandb  # a package that most do without
-    board = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, config=settings)
-    return [keep, lambda row: board.log(row, step=row["step"])]
+    keepers = [keep]
+    if plot and find_spec("matplotlib"):
+        keepers.append(lambda row: "val" in row and draw_curves(path, floor))
+    elif plot:
+        print("no loss.png without matplotlib: pip install matplotlib, or --plot=False")
+    if wandb_log:
+        import wandb
+        board = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name,
+                           config=settings)
+        keepers.append(lambda row: board.log(row, step=row["step"]))
+    return keepers
+
+
+def draw_curves(path, floor=None):
+    """Draws a metrics.csv to loss.png beside it: losses, perplexity on the right, the best step and
+    the text's own entropy (floor) where it is known; below, learning rate and gradient norm."""
+    from matplotlib.figure import Figure
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = rows[len(rows) > 2:]  # step 0, which says ln(vocabulary), would flatten the rest
+    figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    right = bottom.twinx()
+    for axes, name, label, style in (  # colours that the colour-blind tell apart, too
+            (top, "loss", "training batches", dict(color="#999999", linewidth=0.7)),
+            (top, "train", "train", dict(color="#0072B2", marker=".")),
+            (top, "val", "validation", dict(color="#D55E00", marker=".")),
+            (bottom, "lr", "learning rate", dict(color="#009E73")),
+            (right, "norm", "gradient norm", dict(color="#CC79A7", linewidth=0.7))):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        axes.plot(*zip(*points) if points else ([], []), label=label, **style)
+    best, loss = min(((int(row["step"]), float(row["val"])) for row in rows if row["val"]),
+                     key=lambda point: point[1])
+    top.plot(best, loss, "*", color="black", markersize=12, label=f"best: {loss:.4f} at {best:,}")
+    if floor:
+        top.axhline(floor, color="black", linestyle=":", label=f"entropy of the text: {floor:.4f}")
+    highest = max(float(row[name]) for row in rows for name in ("train", "val") if row[name])
+    top.set(title=f"{path.parent}: loss", ylabel="nats per token", ylim=(None, 1.1 * highest))
+    perplexity = top.secondary_yaxis("right")
+    perplexity.set_ylabel("perplexity")
+    perplexity.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.4g}")
+    top.legend()
+    bottom.set(xlabel="step", ylabel="learning rate")
+    right.set_ylabel("gradient norm")
+    bottom.legend(handles=[*bottom.lines, *right.lines], loc="upper right")
+    with writing(path.with_name("loss.png")), atomic_write(path.with_name("loss.png")) as file:
+        figure.savefig(file, format="png")
 
 
 def log(metrics, row):

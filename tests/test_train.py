@@ -257,6 +257,24 @@ def test_mfu_is_held_against_the_gpu_by_name(monkeypatch, capsys):
         assert f"MFU {expected}," in capsys.readouterr().out
 
 
+def test_an_evaluation_draws_the_curves(train):
+    pytest.importorskip("matplotlib")
+    assert train("--plot=True").status == 0
+    picture = Path("out/tiny/loss.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(picture[16:20]) == 800
+    train("--init_from=resume", "--plot=True", "--max_iters=9", "--eval_interval=9")
+    assert Path("out/tiny/loss.png").read_bytes() != picture
+    train()
+    assert not Path("out/tiny/loss.png").exists()  # it was of the run that this one replaces
+
+
+def test_without_matplotlib_one_line_says_so(train, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = train("--plot=True")
+    assert result.status == 0 and result.out.count("pip install matplotlib") == 1
+    assert not Path("out/tiny/loss.png").exists()
+
+
 def test_the_schedule_warms_up_and_lands_on_min_lr(monkeypatch):
     for name, value in dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10).items():
         monkeypatch.setattr(script, name, value)
