@@ -574,6 +574,7 @@ ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}  # transf
 # What else a GPT2Config may say, and what it must be for the formulas to be ours.
 ASSUMED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
            "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+GPT2_FILES = ("config.json", "model.safetensors")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -591,7 +592,7 @@ def load_pretrained(source, cache_dir, **changes):
     folder = Path(cache_dir, source) if source in PRETRAINED else Path(source)
     if source in PRETRAINED:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        for name in ("config.json", "model.safetensors"):
+        for name in GPT2_FILES:
             if not (folder / name).is_file():
                 download([f"{hub}/openai-community/{source}/resolve/main/{name}"], folder / name,
                          "give --init_from=FOLDER with config.json and model.safetensors")
@@ -616,7 +617,7 @@ def load_pretrained(source, cache_dir, **changes):
 
 def read_gpt2(folder):
     """(GPTConfig, weights, tokenizer's spec) of a folder with config.json and model.safetensors."""
-    for name in ("config.json", "model.safetensors"):
+    for name in GPT2_FILES:
         if not (folder / name).is_file():
             raise ValueError(f"it has no {name}")
     found = json.loads(read_text(folder / "config.json"))
@@ -705,7 +706,7 @@ def write_pretrained(model, tokenizer, folder):
         names = GPT(replace(c, bias=True, qkv_bias=True)).state_dict()
     own, weights = model.state_dict(), {}
     for name, expected in names.items():
-        w = own.get(name, torch.zeros(expected.shape)).float().cpu()
+        w = own[name].float().cpu() if name in own else torch.zeros(expected.shape)
         weights[f"transformer.{name}"] = w.T if name.endswith(TRANSPOSED) else w
     head = weights.pop("transformer.lm_head.weight")
     if not c.tied:

@@ -34,10 +34,10 @@ from model import (EOT, GPT, GPTConfig, atomic_write, check_source, compiled, en
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
 init_from = "scratch"        # or resume (a run), gpt2 (-medium, -large, -xl), a folder, a .pt file
+checkpoint = ""              # which file of a run to resume; empty: last.pt, best.pt to evaluate
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
-checkpoint = ""              # which file of it to resume; empty: last.pt, or best.pt to evaluate
 eval_only = False            # evaluate every split and stop
-overwrite = False            # a run from scratch may replace the one in out_dir
+overwrite = False            # a new run may replace the one in out_dir
 seed = 1337
 # Data
 dataset = "shakespeare_char"  # folder under data/
@@ -54,7 +54,7 @@ bias = True                  # in Linear and LayerNorm
 qkv_bias = True              # in the query, key and value projection; needs bias
 positions = "learned"        # learned or sinusoidal
 scale_embedding = False      # token embeddings * sqrt(n_embd), made for sinusoidal positions
-activation = "gelu"          # gelu or relu
+activation = "gelu"          # gelu (GPT-2's), gelu_erf (the exact one) or relu
 norm = "pre"                 # pre or post
 tied = True                  # the output layer shares the token embedding's matrix
 vocab_multiple = 1           # of which the vocabulary is made a multiple: 64 makes GPUs faster
@@ -498,8 +498,8 @@ def epoch_order(rows, epoch):
 def batch(rows, step, micro, target="cpu"):
     """Inputs x and targets y, (B, T) each: rows of the endless sequence of epochs that follow from
     (seed, step, micro) alone. Rank r of N takes the micro-steps r, r + N, ... of each step."""
-    first = (step * gradient_accumulation_steps + micro) * batch_size
-    number, end, spans = first, first + batch_size, []
+    number = (step * gradient_accumulation_steps + micro) * batch_size
+    end, spans = number + batch_size, []
     while number < end:
         epoch, at = divmod(number, rows.per_epoch)
         phase, order = epoch_order(rows, epoch)
@@ -570,7 +570,10 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            means = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["m"] = torch.zeros_like(p)
+            means = [self.state[p]["m"] for p in params]
             grads = torch.stack([p.grad for p in params])  # (N, rows, columns)
             m = torch.stack(means).lerp_(grads, 1 - group["momentum"])
             torch._foreach_copy_(means, list(m))
@@ -697,7 +700,8 @@ def open_metrics(run_dir, step, floor):
 
     keepers = [keep]
     if plot and find_spec("matplotlib"):
-        keepers.append(lambda row: "val" in row and draw_curves(path, floor))
+        keepers.append(lambda row: math.isfinite(row.get("val", math.nan))
+                       and draw_curves(path, floor))
     elif plot:
         print("no loss.png without matplotlib: pip install matplotlib, or --plot=False")
     if wandb_log:
@@ -731,7 +735,7 @@ def draw_curves(path, floor=None):
     top.plot(best, loss, "*", color="black", markersize=12, label=f"best: {loss:.4f} at {best:,}")
     if floor:
         top.axhline(floor, color="black", linestyle=":", label=f"entropy of the text: {floor:.4f}")
-    highest = max(float(row[name]) for row in rows for name in ("train", "val") if row[name])
+    highest = max(float(row["val"]) for row in rows if row["val"])
     top.set(title=f"{path.parent}: loss", ylabel="nats per token", ylim=(None, 1.1 * highest))
     perplexity = top.secondary_yaxis("right")
     perplexity.set_ylabel("perplexity")

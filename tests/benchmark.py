@@ -327,7 +327,7 @@ def train(nanogpt, only="", turns="3"):
                 "nanoGPT": ["train.py", *given, f"--max_iters={steps}", "--compile=False",
                             "--gradient_accumulation_steps=1", f"--eval_interval={10 ** 9}"],
                 "ours": [repo / "train.py", *given, f"--max_iters={steps}", "--overwrite=True",
-                         "--eval_interval=0"]}
+                         "--plot=False", "--eval_interval=0"]}
             if not sizes["dropout"]:  # with dropout it takes longer
                 commands["compiled"] = [*commands["ours"], "--compile=true"]
             times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
@@ -364,7 +364,7 @@ THEIRS = ["--compile=False", "--batch_size=12", "--gradient_accumulation_steps=1
 OURS = ["--optimizer=muon", "--batch_size=32", "--beta1=0.85", "--beta2=0.95", "--momentum=0.85",
         "--weight_decay=0.0", "--lr_schedule=linear", "--min_lr=0.0", "--warmup_iters=5",
         "--eval_interval=0", "--eval_iters=8",  # of 32 rows, theirs 20 of 12
-        "--log_interval=1", "--overwrite=True"]
+        "--log_interval=1", "--plot=False", "--overwrite=True"]
 
 
 def speedrun(nanogpt, data, seeds="3"):

@@ -268,6 +268,17 @@ def test_an_evaluation_draws_the_curves(train):
     assert not Path("out/tiny/loss.png").exists()  # it was of the run that this one replaces
 
 
+def test_an_evaluation_that_is_not_finite_is_a_sentence_not_a_picture(train, monkeypatch):
+    pytest.importorskip("matplotlib")
+    forward = GPT.forward
+
+    def broken(self, *arguments):
+        logits, loss = forward(self, *arguments)
+        return logits, loss if self.training else loss * math.nan
+    monkeypatch.setattr(GPT, "forward", broken)
+    one_sentence(train("--plot=True"), 1, "step 3: val is nan")
+
+
 def test_without_matplotlib_one_line_says_so(train, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = train("--plot=True")
