@@ -72,16 +72,21 @@ class GPTConfig:
 
 # ---- the formulas, and the fused kernels that compute the same ----
 
-def attention(q, k, v, dropout=0.0):
-    """softmax(Q K^T / sqrt(D)) V, causal. q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
-    Vaswani et al. 2017, equation 1. The mask counts from the lower right corner: the last query
-    sees every key, so that the T newest of S positions run the same lines."""
-    (B, H, T, D), S = q.shape, k.shape[-2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+def attention_weights(q, k):
+    """softmax(Q K^T / sqrt(D)), causal: q (B, H, T, D), k (B, H, S, D) -> (B * H, T, S). Vaswani et
+    al. 2017, equation 1. The mask counts from the lower right corner: the last query sees every
+    key, so that the T newest of S positions run the same lines."""
+    T, D, S = *q.shape[2:], k.shape[2]
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # mask + Q K^T / sqrt(D), at once
-    weights = drop(scores.softmax(dim=-1), dropout)                # (B * H, T, S)
-    return (weights @ v).view(B, H, T, D)
+    return scores.softmax(dim=-1)
+
+
+def attention(q, k, v, dropout=0.0):
+    """Their product with V: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D)."""
+    weights = drop(attention_weights(q, k), dropout)
+    return (weights @ v.flatten(0, 1)).view(q.shape)
 
 
 def fused_attention(q, k, v, dropout=0.0):
@@ -229,7 +234,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)    # (B, H, T, D) each
         if remember:
-            k, v = remember(k, v)               # (B, H, S, D): behind those of earlier tokens
+            k, v = remember(q, k, v)            # (B, H, S, D): behind those of earlier tokens
         y = self.attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -436,7 +441,7 @@ class KVCache:
                        for _ in range(config.n_layer)]
         self.start = self.length = 0
 
-    def append(self, layer, k, v):
+    def append(self, layer, q, k, v):
         """Writes a layer's new k and v, (B, H, T, D); returns all there are, (B, H, S, D)."""
         keys, values = self.layers[layer]
         end = self.length + k.shape[2]
@@ -447,6 +452,18 @@ class KVCache:
         """Row i goes on from what row rows[i] has read."""
         for kept in chain.from_iterable(self.layers):
             kept[:, :, :self.length] = kept[rows, :, :self.length]
+
+
+class AttentionMaps:
+    """In the place of a cache: keeps no token, but the weights of each layer, (B, H, T, T), which
+    the kernel that is used may never hold."""
+
+    def __init__(self):
+        self.layers, self.length = [], 0
+
+    def append(self, layer, q, k, v):
+        self.layers.append(attention_weights(q, k).unflatten(0, q.shape[:2]))
+        return k, v
 
 
 def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, top_k=0, top_p=1.0,
@@ -812,11 +829,10 @@ def fetch(url, part, limit, timeout):
         with open(part, "ab" if span.startswith(f"bytes {have}-") else "wb") as file:
             for chunk in answer.iter_content(1 << 14):
                 file.write(chunk)
-                if sys.stderr.isatty():
-                    print(f"\r{part.stem}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB ",
-                          end="\n" if file.tell() == total else "", file=sys.stderr)
+                show_progress(f"{part.stem}: {file.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB")
                 if 0 < limit <= file.tell():
                     break
+            show_progress("")
     return total, sha256
 
 
@@ -825,6 +841,12 @@ def size_of(path):
 
 
 # ---- the machine ----
+
+def show_progress(text):
+    """Puts text in the place of the one before, where stderr is a terminal; "" clears it."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<79.79}", end="" if text else "\r", file=sys.stderr, flush=True)
+
 
 def pick_device(name):
     """The torch device of a setting; auto: CUDA, else MPS, else the CPU."""

@@ -3,17 +3,20 @@
     python sample.py --start="To be, or not to be"
     python sample.py --out_dir=out/shakespeare_cpu --start=FILE:prompt.txt --num_samples=4
     python sample.py --interactive=True --temperature=0.7 --top_p=0.9
+    python sample.py --start="Once upon a time" --max_new_tokens=12 --attention=maps.png
 """
 
 import sys
+import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from config import configure, stop, stop_on_error
-from model import (EOT, check_source, compiled, encode_prompt, load_checkpoint, load_pretrained,
-                   pick_device, write_pretrained)
+from model import (EOT, AttentionMaps, atomic_write, check_source, compiled, encode_prompt,
+                   evaluating, load_checkpoint, load_pretrained, pick_device, write_pretrained)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
@@ -40,6 +43,8 @@ min_p = 0.0              # among those with this share of the likeliest one's pr
 # Beam search, without draws and with none of the above
 num_beams = 1            # texts kept side by side; 1: draw
 length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
+# Pictures
+attention = ""           # a .png, .svg or .pdf to draw: what each token of the text attends to
 settings = configure(globals())
 
 
@@ -74,7 +79,10 @@ def main():
         begin = start or saved.get("settings", {}).get("start", "")
         idx = encode_prompt(tokenizer, begin).to(target)
     print(f"{path}:", file=sys.stderr)
-    write(model, tokenizer, idx)
+    ids = write(model, tokenizer, idx)
+    if attention:
+        draw_attention(model, tokenizer, ids, f"{path}: attention of each token (down) to those up "
+                                              f"to it (across)")
 
 
 def check_settings():
@@ -96,6 +104,12 @@ def check_settings():
         stop(f"--repetition_penalty must be above 0, not {repetition_penalty}; 1 is none", 2)
     if num_beams > 1 and num_samples > 1:
         stop("--num_beams finds one text, leave --num_samples at 1", 2)
+    if attention and (interactive or export or num_samples > 1):
+        stop("--attention draws one text, without --interactive, --export and --num_samples", 2)
+    if attention and not attention.endswith((".png", ".svg", ".pdf")):
+        stop(f"--attention must be a file like maps.png, .svg or .pdf, not {attention!r}", 2)
+    if attention and not find_spec("matplotlib"):
+        stop("--attention needs the package matplotlib: pip install matplotlib", 2)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         stop(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}", 2)
     if compile.lower() not in ("auto", "true", "false"):
@@ -130,13 +144,13 @@ def prompts():
 
 
 def write(model, tokenizer, idx):
-    """Prints idx, (1, T), and what follows it, num_samples times."""
+    """Prints idx, (1, T), and what follows it, num_samples times. Returns the ids of the first."""
     prompt = tokenizer.decode(idx[0].tolist()).removeprefix(EOT)
     limits = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size}
     if num_beams > 1:
         out = model.beam_search(idx, max_new_tokens, num_beams, length_penalty, **limits)
         print(prompt + ended(tokenizer.decode(out[0, idx.shape[1]:].tolist()))[0])
-        return
+        return out[0].tolist()
     generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
     stream = model.stream(idx.repeat(num_samples, 1), max_new_tokens, generators, **limits,
                           repetition_penalty=repetition_penalty, temperature=temperature,
@@ -158,6 +172,7 @@ def write(model, tokenizer, idx):
         print(texts[0][printed:])
     else:
         print("\n----\n".join(prompt + text for text in texts))
+    return idx[0].tolist() + rows[0]
 
 
 def ended(text):
@@ -174,6 +189,38 @@ def settled(text):
         if text.endswith(stop_at[:length]):
             return text[:-length]
     return text
+
+
+def draw_attention(model, tokenizer, ids, title):
+    """Draws the weights of each layer (down) and head (across) on the last block_size of ids, with
+    the tokens beside them where there is room. They are computed in float32."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+    ids, maps = ids[-model.config.block_size:], AttentionMaps()
+    with evaluating(model), torch.inference_mode():
+        model.float().hidden(torch.tensor([ids], device=model.wte.weight.device), maps)
+    layers, heads, T = len(maps.layers), model.config.n_head, len(ids)
+    side = min(3.0, 7 / heads)  # of a map, inches
+    figure = Figure(figsize=(8, 1.8 + side * layers), dpi=100, layout="compressed")
+    grid = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
+    for layer, row in enumerate(grid):
+        for head, axes in enumerate(row):
+            image = axes.imshow(maps.layers[layer][0, head].numpy(force=True), cmap="Blues",
+                                norm=PowerNorm(0.5, 0, 1))  # the root, which shows small ones, too
+            axes.set_title(f"head {head}" if layer == 0 else "", fontsize=8)
+            axes.set_ylabel(f"layer {layer}" if head == 0 else "", fontsize=8)
+            axes.tick_params(labelsize=7)
+    if T <= 10 * side:  # a line of the smallest letters that can be read takes a tenth of an inch
+        labels = [tokenizer.decode([i])[:12].replace("\n", "\\n").replace(" ", "·")
+                  .replace("$", "\\$") for i in ids]
+        grid[0, 0].set(xticks=range(T), xticklabels=labels, yticks=range(T), yticklabels=labels)
+        for axes in grid[-1]:
+            axes.tick_params("x", rotation=90)
+    figure.colorbar(image, ax=grid, label="attention weight", location="bottom", shrink=0.5, aspect=40)
+    figure.suptitle(title, fontsize=10)
+    with (stop_on_error(), warnings.catch_warnings(), atomic_write(Path(attention)) as file):
+        warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks
+        figure.savefig(file, format=attention[-3:])
 
 
 def newest_run():

@@ -5,7 +5,8 @@
     python train.py config/shakespeare_cpu.py --init_from=resume --max_iters=4000
     torchrun --nproc_per_node=2 train.py config/gpt2_124m.py
 
-Writes out/<run>/best.pt, last.pt and metrics.csv; python sample.py then shows what it learned.
+Writes out/<run>/best.pt, last.pt, metrics.csv and loss.png; python sample.py then shows what it
+learned.
 """
 
 import csv
@@ -13,6 +14,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -25,18 +27,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.nn import functional as F
 
 from config import configure, stop, stop_on_error
 from model import (EOT, GPT, GPTConfig, atomic_write, check_source, compiled, encode_prompt,
                    evaluating, load_checkpoint, load_pretrained, pick_device, save_checkpoint,
-                   token_dtype, tokenizer_from)
+                   show_progress, token_dtype, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
 init_from = "scratch"        # or resume (a run), gpt2 (-medium, -large, -xl), a folder, a .pt file
 checkpoint = ""              # which file of a run to resume; empty: last.pt, best.pt to evaluate
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
-eval_only = False            # evaluate every split and stop
+eval_only = False            # evaluate every split, also by position in the context, and stop
 overwrite = False            # a new run may replace the one in out_dir
 seed = 1337
 # Data
@@ -89,6 +92,8 @@ sample_interval = 0          # steps between samples of the model's text; 0: non
 start = "\n"                 # what those samples continue; FILE:prompt.txt reads a file
 save_interval = 0            # steps between saves of last.pt, besides those after an evaluation
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
+log_grad_norms = False       # each layer's, too: grad_norms.csv, a heat map in loss.png
+profile = 0                  # steps to trace after three that warm up: trace.json.gz and a table
 plot = True                  # loss.png at each evaluation, where matplotlib is installed
 wandb_log = False            # the log's figures to Weights & Biases, too
 wandb_project = "gpt2"
@@ -103,8 +108,8 @@ settings = configure(globals())
 FREE_ON_RESUME = {
     "out_dir", "init_from", "cache_dir", "checkpoint", "eval_only", "overwrite", "max_iters",
     "max_epochs", "patience", "eval_interval", "eval_epochs", "eval_iters", "log_interval",
-    "sample_interval", "start", "save_interval", "snapshot_interval", "plot", "wandb_log",
-    "wandb_project", "wandb_run_name", "device", "dtype", "compile"}
+    "sample_interval", "start", "save_interval", "snapshot_interval", "log_grad_norms", "profile",
+    "plot", "wandb_log", "wandb_project", "wandb_run_name", "device", "dtype", "compile"}
 
 # torchrun starts world_size processes and tells each of them its rank. One takes every
 # world_size-th batch of a step, from its rank on; rank 0 prints and writes.
@@ -147,7 +152,8 @@ def main():
     print(f"model: {raw.num_params():,} parameters, vocabulary of {config.vocab_size:,}, "
           f"{raw.flops_per_token() / 1e6:,.1f} MFLOPs to train on a token")
     if eval_only:
-        return print_report(autocast(raw.eval().forward), data, meta["splits"], target)
+        source = begin if init_from == "resume" else init_from
+        return report(autocast(raw.eval().forward), data, meta["splits"], target, run_dir, source)
 
     parameters = list(raw.parameters())
     optimizers = make_optimizers(raw)
@@ -172,14 +178,16 @@ def main():
     first = progress["step"]
     if first and first >= steps:
         stop(f"{begin} has {first} steps already, give a larger --max_iters", 2)
-    metrics = open_metrics(run_dir, first, meta["splits"]["val"].get("nats_per_token"))
+    if 0 < profile and steps - first < 3 + profile:
+        stop(f"--profile={profile} needs {3 + profile} steps, give a larger --max_iters", 2)
+    metrics = open_metrics(run_dir, first, meta["splits"]["val"].get("nats_per_token"), raw)
     signals = catch_signals()
     began = time.time() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
         log(metrics, {"step": 0, **losses(raw, forward, data, target)})
 
     stopped_by = 0  # the signal
-    for step in range(first, steps):
+    for step in profiled(range(first, steps), run_dir, target):
         done, step_began = step + 1, time.time()
         lr = learning_rate_at(step, steps)
         loss = torch.zeros((), device=target)
@@ -196,6 +204,7 @@ def main():
             scaler.unscale_(one)
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = total.item()
+        layers = layer_norms(raw) if log_grad_norms and every(log_interval, done) else {}
         if 0 < grad_clip < norm:  # clip_grad_norm_ would multiply by 1 where there is none to clip
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, total)
         loss, *stops = summed(target, loss.item(), *(number in signals for number in STOPPING))
@@ -214,7 +223,7 @@ def main():
         now = time.time()
         row = {"step": done, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * (now - step_began),
                "tok/s": rows * block_size / (now - step_began), "elapsed": now - began,
-               "left": (now - began) * (steps / done - 1)}
+               "eta": (now - began) * (steps / done - 1), "layers": layers}
         names = []  # of the checkpoints due
         if every(evaluate_every, done) or done == steps:
             row |= losses(raw, forward, data, target)
@@ -405,8 +414,9 @@ def load_dataset(folder):
             counts = meta["splits"][split]
             if len(tokens) != counts["tokens"]:
                 raise ValueError(f"{split}.bin is not as long as meta.json says")
-            if type(counts["characters"]) is not int or counts["characters"] < 1:
-                raise ValueError(f"{split} cannot have {counts['characters']} characters")
+            for unit in ("characters", "bytes"):
+                if type(counts[unit]) is not int or counts[unit] < 1:
+                    raise ValueError(f"{split} cannot have {counts[unit]} {unit}")
     except ConnectionError as error:  # GPT-2's tokenizer is downloaded
         stop(str(error))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -608,47 +618,82 @@ def learning_rate_at(step, steps):
 
 # ---- evaluation ----
 
-@torch.no_grad()
-def evaluate(model, rows, target="cpu", max_batches=0):
-    """{"loss": mean nats per token, "accuracy": of the likeliest next token} of a whole split, each
-    token predicted once; max_batches > 0 takes as many batches of rows, evenly spread."""
+def eval_batches(rows, target, max_batches):
+    """This process's share of the batches of a whole split, in which each token is predicted once;
+    max_batches > 0 takes as many batches of rows, evenly spread."""
     count = min(rows.number, max_batches * batch_size or rows.number)
     chosen = np.linspace(0, rows.number - 1, count).round().astype(int)
     together = max(batch_size, 2048 // block_size)  # fewer tokens at a time take longer
-    loss = correct = counted = 0
-    for some in np.split(chosen, range(together, count, together))[rank::world_size]:
-        x, y = read_rows(rows, *rows.span(some), target)
-        logits, mean = model(x, y)
+    batches = np.split(chosen, range(together, count, together))[rank::world_size]
+    for done, some in enumerate(batches, 1):
+        if rank == 0:
+            show_progress(f"evaluating, batch {done:,} of {len(batches):,}"
+                          if done < len(batches) else "")
+        yield read_rows(rows, *rows.span(some), target)
+
+
+@torch.no_grad()
+def evaluate(model, rows, target="cpu", max_batches=0):
+    """Mean nats per token of a split."""
+    loss = counted = 0
+    for x, y in eval_batches(rows, target, max_batches):
         n = (y >= 0).sum().item()
-        loss += mean.item() * n
-        likeliest = logits.max(dim=-1).indices  # on a CPU a third of argmax's time
-        correct += (likeliest == y).sum().item()
+        loss += model(x, y)[1].item() * n
         counted += n
-    loss, correct, counted = summed(target, loss, correct, counted)
-    return {"loss": loss / counted, "accuracy": correct / counted}
+    loss, counted = summed(target, loss, counted)
+    return loss / counted
 
 
 def losses(raw, model, data, target):
     """{"train", "val"} losses in nats per token, exact on val, on as many rows of train."""
     cap = eval_iters or math.ceil(data["val"].number / batch_size)
     with evaluating(raw):
-        return {"train": evaluate(model, data["train"], target, cap)["loss"],
-                "val": evaluate(model, data["val"], target, eval_iters)["loss"]}
+        return {"train": evaluate(model, data["train"], target, cap),
+                "val": evaluate(model, data["val"], target, eval_iters)}
 
 
-def bits_per_character(loss, counts):
-    """What compares across tokenizers: nats per token -> bits per character of the split."""
-    return loss * counts["tokens"] / counts["characters"] / math.log(2)
+@torch.no_grad()
+def evaluate_positions(model, rows, target="cpu", max_batches=0):
+    """(3, block_size) sums over a split, by the position in its rows: nats, tokens of which the
+    likeliest was right, tokens."""
+    sums = torch.zeros(3, block_size, dtype=torch.float64, device=target)
+    for x, y in eval_batches(rows, target, max_batches):
+        logits = model(x)[0]
+        nats = [F.cross_entropy(row.float(), wanted, ignore_index=-1, reduction="none")
+                for row, wanted in zip(logits, y)]  # a row at a time: the floats of all are many
+        right = logits.max(dim=-1).indices == y     # on a CPU a third of argmax's time
+        sums += torch.stack((torch.stack(nats), right, y >= 0)).sum(dim=1)
+    return torch.tensor(summed(target, *sums.flatten().tolist()), dtype=sums.dtype).view(3, -1)
 
 
-def print_report(model, data, splits, target):
-    """The table of eval_only: every split, whole unless eval_iters caps it."""
-    print("  split        tokens     loss  perplexity  bits/char  accuracy")
-    for split, rows in data.items():
-        found = evaluate(model, rows, target, eval_iters)
-        bits = bits_per_character(found["loss"], splits[split])
-        print(f"{split:>7}{len(rows.tokens):>14,}{found['loss']:>9.4f}"
-              f"{math.exp(found['loss']):>12.3f}{bits:>11.4f}{found['accuracy']:>10.2%}")
+def bits_per(unit, loss, counts):
+    """Nats per token -> bits per one of the split's characters, which compares across tokenizers,
+    or bytes."""
+    return loss * counts["tokens"] / counts[unit] / math.log(2)
+
+
+def report(model, data, splits, target, run_dir, source):
+    """The tables of eval_only: every split, whole unless eval_iters caps it, and its loss by the
+    position in the context, whose curve goes to loss_by_position.png."""
+    found = {split: evaluate_positions(model, rows, target, eval_iters)
+             for split, rows in data.items()}
+    print("  split        tokens     loss  perplexity  bits/char  bits/byte  accuracy")
+    for split, sums in found.items():
+        nats, right, tokens = sums.sum(dim=1).tolist()
+        bits = [bits_per(unit, nats / tokens, splits[split]) for unit in ("characters", "bytes")]
+        print(f"{split:>7}{tokens:>14,.0f}{nats / tokens:>9.4f}{math.exp(nats / tokens):>12.3f}"
+              f"{bits[0]:>11.4f}{bits[1]:>11.4f}{right / tokens:>10.2%}")
+    print("   position" + "".join(f"{split:>9}" for split in found))
+    first = 0
+    while first < block_size:
+        last = min(2 * first or 1, block_size)  # 1, 2, 3-4, 5-8, ...
+        parts = [sums[:, first:last].sum(dim=1) for sums in found.values()]
+        print(f"{f'{first + 1}-{last}' if last > first + 1 else last:>11}"
+              + "".join(f"{nats / tokens:>9.4f}" for nats, _, tokens in parts))
+        first = last
+    if rank == 0 and can_draw():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        draw_positions(run_dir / "loss_by_position.png", source, found)
 
 
 # ---- what a run writes ----
@@ -656,7 +701,7 @@ def print_report(model, data, splits, target):
 COLUMNS = {  # name: (width, format)
     "step": (8, ",d"), "loss": (9, ".4f"), "train": (9, ".4f"), "val": (9, ".4f"),
     "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"), "tok/s": (11, ",.0f"),
-    "elapsed": (9, ",.0f"), "left": (9, ",.0f")}  # the last two in seconds
+    "elapsed": (9, ",.0f"), "eta": (9, ",.0f")}  # the last two in seconds
 
 
 @contextmanager
@@ -671,39 +716,26 @@ def writing(path):
              f"what was saved before is whole")
 
 
-def open_metrics(run_dir, step, floor):
-    """Functions that keep a row: one goes on with run_dir/metrics.csv behind the rows up to step,
-    one draws loss.png from it, one feeds wandb. A new run removes what another has left."""
+def open_metrics(run_dir, step, floor, raw):
+    """Functions that keep a row: in metrics.csv, in grad_norms.csv, in loss.png, which is drawn from
+    both, in wandb. A new run removes what another has left."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     if rank:
         return []
-    path = run_dir / "metrics.csv"
-    with writing(path):
+    with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         if init_from != "resume":
-            for pattern in ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "loss.png",
-                            "samples.txt"):
+            for pattern in ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "grad_norms.csv",
+                            "loss.png", "loss_by_position.png", "trace.json.gz", "samples.txt"):
                 for old in run_dir.glob(pattern):
                     old.unlink()
-        rows = path.read_text("utf-8", "replace").splitlines()[1:] if path.exists() else []
-        rows = [row for row in rows if row.count(",") == len(COLUMNS) - 1  # else cut by a kill
-                and int(row.partition(",")[0]) <= step]
-        with atomic_write(path) as file:
-            file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
-        file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # a line at a time
-    table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-
-    def keep(row):
-        with writing(path):
-            table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                            for name, value in row.items()})
-
-    keepers = [keep]
-    if plot and find_spec("matplotlib"):
+    keepers = [open_table(run_dir / "metrics.csv", COLUMNS, step)]
+    if log_grad_norms:
+        layers = open_table(run_dir / "grad_norms.csv", ["step", *layer_norms(raw)], step)
+        keepers.append(lambda row: row.get("layers") and layers(row | row["layers"]))
+    if can_draw():
         keepers.append(lambda row: math.isfinite(row.get("val", math.nan))
-                       and draw_curves(path, floor))
-    elif plot:
-        print("no loss.png without matplotlib: pip install matplotlib, or --plot=False")
+                       and draw_curves(run_dir, floor))
     if wandb_log:
         import wandb
         board = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name,
@@ -712,16 +744,63 @@ def open_metrics(run_dir, step, floor):
     return keepers
 
 
-def draw_curves(path, floor=None):
-    """Draws a metrics.csv to loss.png beside it: losses, perplexity on the right, the best step and
-    the text's own entropy (floor) where it is known; below, learning rate and gradient norm."""
+def open_table(path, columns, step):
+    """A function that appends a row, {column: value}, to a csv file, behind the rows up to step
+    that it has already."""
+    with writing(path):
+        rows = path.read_text("utf-8", "replace").splitlines()[1:] if path.exists() else []
+        rows = [row for row in rows if row.count(",") == len(columns) - 1  # else cut by a kill
+                and int(row.partition(",")[0]) <= step]
+        with atomic_write(path) as file:
+            file.write("\n".join([",".join(columns), *rows, ""]).encode())
+        file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # a line at a time
+    table = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+
+    def keep(row):
+        with writing(path):
+            table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                            for name, value in row.items()})
+    return keep
+
+
+def read_table(path):
+    """The rows of a csv file, {column: text} each; none where there is no file."""
+    with open(path if path.exists() else os.devnull, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def layer_norms(raw):
+    """{layer: norm of its gradient}, 0 where it has none; the squares add up to that of all."""
+    layers = {}
+    for name, p in raw.named_parameters():
+        layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(p.grad)
+    return {layer: nn.utils.get_total_norm([g for g in grads if g is not None]).item()
+            for layer, grads in layers.items()}
+
+
+def can_draw():
+    """Whether pictures are wanted and possible; where they are only wanted it says so."""
+    found = find_spec("matplotlib")
+    if plot and not found:
+        print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
+    return plot and found
+
+
+def save_figure(figure, path):
+    with writing(path), atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def draw_curves(run_dir, floor=None):
+    """Draws loss.png: losses, perplexity on the right, the best step and the text's own entropy
+    (floor) where it is known; learning rate and gradient norm; each layer's where they are kept."""
     from matplotlib.figure import Figure
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows, norms = (read_table(run_dir / name) for name in ("metrics.csv", "grad_norms.csv"))
     rows = rows[len(rows) > 2:]  # step 0, which says ln(vocabulary), would flatten the rest
-    figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    right = bottom.twinx()
+    figure = Figure(figsize=(8, 9 if norms else 6), dpi=100, layout="constrained")
+    panels = figure.subplots(3 if norms else 2, sharex=True,
+                             height_ratios=(2, 1, 1.4) if norms else (2, 1))
+    top, bottom, right = *panels[:2], panels[1].twinx()
     for axes, name, label, style in (  # colours that the colour-blind tell apart, too
             (top, "loss", "training batches", dict(color="#999999", linewidth=0.7)),
             (top, "train", "train", dict(color="#0072B2", marker=".")),
@@ -736,16 +815,72 @@ def draw_curves(path, floor=None):
     if floor:
         top.axhline(floor, color="black", linestyle=":", label=f"entropy of the text: {floor:.4f}")
     highest = max(float(row["val"]) for row in rows if row["val"])
-    top.set(title=f"{path.parent}: loss", ylabel="nats per token", ylim=(None, 1.1 * highest))
+    top.set(title=f"{run_dir}: loss", ylabel="nats per token", ylim=(None, 1.1 * highest))
     perplexity = top.secondary_yaxis("right")
     perplexity.set_ylabel("perplexity")
     perplexity.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.4g}")
     top.legend()
-    bottom.set(xlabel="step", ylabel="learning rate")
+    bottom.set_ylabel("learning rate")
     right.set_ylabel("gradient norm")
     bottom.legend(handles=[*bottom.lines, *right.lines], loc="upper right")
-    with writing(path.with_name("loss.png")), atomic_write(path.with_name("loss.png")) as file:
-        figure.savefig(file, format="png")
+    if norms:
+        layers = [name for name in norms[0] if name != "step"]
+        heat = panels[2].pcolormesh([int(row["step"]) for row in norms], layers,
+                                    [[float(row[name]) for row in norms] for name in layers],
+                                    norm="log", cmap="viridis")
+        panels[2].tick_params("y", labelsize=7)
+        figure.colorbar(heat, ax=panels[2], label="gradient norm by layer", location="bottom",
+                        shrink=0.5, aspect=40)
+    panels[-1].set_xlabel("step")
+    save_figure(figure, run_dir / "loss.png")
+
+
+def draw_positions(path, source, found):
+    """Draws the mean loss at each position of the context, of {split: evaluate_positions()}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (split, (nats, _, tokens)), color in zip(found.items(), ("#0072B2", "#D55E00", "#009E73")):
+        axes.plot(range(1, len(nats) + 1), (nats / tokens).numpy(), label=split, color=color)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(title=f"{source}: loss by position", ylabel="nats per token",
+             xlabel="tokens in the context, the one just read included")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def profiled(steps, run_dir, target):
+    """steps, of which torch.profiler traces --profile after three that warm up: trace.json.gz is for
+    ui.perfetto.dev, and a table lists what took most of their time."""
+    if not profile or rank:
+        yield from steps
+        return
+    gpu = target.type == "cuda"
+    time, memory = (f"self_{'device' if gpu else 'cpu'}_{what}"
+                    for what in ("time_total", "memory_usage"))
+
+    def ready(watcher):
+        path = run_dir / "trace.json.gz"
+        with writing(path):
+            watcher.export_chrome_trace(f"{path}.tmp.gz")  # by this name it is compressed
+            os.replace(f"{path}.tmp.gz", path)
+        rows = [(getattr(o, time) / 1000 / profile, o.count / profile,
+                 getattr(o, memory) / 1e6 / profile, o.key.replace("ProfilerStep*", "Python"))
+                for o in watcher.key_averages()]
+        whole = sum(ms for ms, *_ in rows)
+        print(f"{'ms':>9}{'share':>8}{'calls':>8}{'MB':>11}  of a step; {profile} of them: {path}")
+        for ms, calls, megabytes, name in sorted(rows, reverse=True)[:15]:
+            print(f"{ms:>9,.2f}{ms / whole:>8.1%}{calls:>8,.0f}{megabytes:>11,.1f}  {name:.60}")
+
+    with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU]
+            + gpu * [torch.profiler.ProfilerActivity.CUDA],
+            schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),
+            on_trace_ready=ready, profile_memory=True) as watcher:
+        for step in steps:
+            yield step
+            watcher.step()
 
 
 def log(metrics, row):
@@ -844,7 +979,7 @@ def print_summary(progress, rows, counts, run_dir, raw, target):
         print(f"stopped early, after {progress['stale']} evaluations without a better val loss")
     if progress["best_step"]:
         print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
-              f"{math.exp(loss):.3f}, {bits_per_character(loss, counts):.4f} bits per character, "
+              f"{math.exp(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per character, "
               f"in {run_dir}/best.pt")
         if floor := counts.get("nats_per_token"):
             print(f"the text's own entropy is {floor:.4f}, the loss "

@@ -387,7 +387,7 @@ def speedrun(nanogpt, data, seeds="3"):
             with open(run / "metrics.csv") as file:
                 times = [float(row["ms"]) for row in csv.DictReader(file) if row["ms"]]
             model = load_checkpoint(run / "last.pt")["model"].eval()
-            return took, script.evaluate(model, rows)["loss"], statistics.median(times) / 1000
+            return took, script.evaluate(model, rows), statistics.median(times) / 1000
 
         shutil.copytree(data, Path(folder, "data/shakespeare_char"))
         characters = json.loads(Path(data, "meta.json").read_text())["tokenizer"]["vocabulary"]
@@ -402,7 +402,7 @@ def speedrun(nanogpt, data, seeds="3"):
             saved = torch.load(Path(folder, "out/ckpt.pt"), weights_only=True)
             model = peer.GPT(peer.GPTConfig(**saved["model_args"])).eval()
             model.load_state_dict(saved["model"])
-            their_loss = script.evaluate(lambda x, y: model(x, y.contiguous()), rows)["loss"]
+            their_loss = script.evaluate(lambda x, y: model(x, y.contiguous()), rows)
             short, short_loss, each = ours(205, 2.5e-2, seed)
             steps = int(0.95 * (theirs - (short - 205 * each)) / each)
             long, long_loss, _ = ours(steps, 1e-2, seed)

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (GPT, GPTConfig, attention, cross_entropy, drop, fused_attention, fused_gelu,
-                   gelu, layer_norm, sinusoids)
+from model import (GPT, AttentionMaps, GPTConfig, attention, cross_entropy, drop, fused_attention,
+                   fused_gelu, gelu, layer_norm, sinusoids)
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=4, n_embd=32)
 
@@ -152,6 +152,29 @@ def test_no_gradient_flows_from_a_later_token(norm, positions, fused):
     logits[0, 9].square().sum().backward()
     reached = seen["x"].grad[0].abs().sum(dim=-1) > 0
     assert reached.tolist() == [True] * 10 + [False] * 6
+
+
+@pytest.mark.parametrize("norm, positions, fused", list(product(
+    ("pre", "post"), ("learned", "sinusoidal"), (True, False))))
+def test_attention_maps_are_the_softmax_in_float64(norm, positions, fused):
+    """From the queries and keys of the same weights in float64, sharpened as training does."""
+    model = small(norm=norm, positions=positions, fused=fused).eval()
+    for block in model.h:
+        block.attn.c_attn.weight.data *= 15
+    maps = AttentionMaps()
+    model.hidden(ids(), maps)
+    found, H = [], model.config.n_head
+    for block in model.double().h:
+        block.attn.c_attn.register_forward_hook(lambda module, x, qkv: found.append(qkv))
+    model(ids())
+    assert len(maps.layers) == len(found) == 3
+    for weights, qkv in zip(maps.layers, found):
+        q, k, _ = (x.view(2, 16, H, -1).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+        scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.shape[-1] ** 0.5
+        exps = torch.tril(scores.exp())
+        assert (weights - exps / exps.sum(dim=-1, keepdim=True)).abs().max() < 1e-5
+        assert weights.max() > 0.5 and not weights.triu(1).any()
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, H, 16))
 
 
 @pytest.mark.parametrize("norm, positions, activation, tied, bias, qkv_bias", list(product(

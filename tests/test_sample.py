@@ -71,12 +71,46 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     ([f"--seed={2 ** 63}"], 2, ["--seed must be below"]),
     (["--dtype=int8"], 2, ["--dtype must be auto"]),
     (["--compile=maybe"], 2, ["--compile must be auto, true or false"]),
+    (["--attention=x.png", "--num_samples=2"], 2, ["--attention draws one text, without"]),
+    (["--attention=x.txt"], 2, ["--attention must be a file like maps.png, .svg or .pdf"]),
     (["--out_dir=out/nope"], 1, ["out/nope/best.pt: no such checkpoint"]),
 ])
 def test_a_bad_prompt_or_setting_is_told_what_to_do(sample, arguments, status, words):
     Path("latin.txt").write_bytes(b"\xe9")
     Path("empty.txt").write_bytes(b"")
     one_sentence(sample(*arguments), status, *words)
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype=bfloat16"], ["--num_beams=2"]])
+def test_attention_is_drawn_and_the_text_stays_the_same(sample, monkeypatch, options):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    real = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda *arguments, **others: (
+        drawn.append(arguments[0]), real(*arguments, **others)))
+    arguments = ["--start=From the\n", "--max_new_tokens=5", *options]
+    assert sample("--attention=x.png", *arguments).out == sample(*arguments).out
+    picture = Path("x.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(picture[16:20]) == 800
+    *maps, _ = drawn[0].axes  # the last one is the scale
+    assert [axes.get_title() for axes in maps] == ["head 0", "head 1", "", ""]
+    labels = [label.get_text() for label in maps[2].get_xticklabels()]
+    assert labels[:9] == [*"From·the", "\\n"] and len(labels) == 14
+    for axes in maps:
+        weights = torch.from_numpy(axes.images[0].get_array().data)
+        assert weights.dtype == torch.float32 and not weights.triu(1).any()
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(14))
+
+
+def test_of_a_long_text_attention_is_drawn_on_what_the_context_holds(sample):
+    pytest.importorskip("matplotlib")
+    assert sample("--attention=x.svg").status == 0  # 41 tokens of 16
+    assert "<svg" in Path("x.svg").read_text()
+
+
+def test_without_matplotlib_attention_says_what_to_install(sample, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    one_sentence(sample("--attention=x.png"), 2, "pip install matplotlib")
 
 
 def test_before_any_training_it_says_what_to_do(run):

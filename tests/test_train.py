@@ -1,6 +1,8 @@
 """Training: batches, evaluation, optimizers, schedule, checkpoints, and what stops a run."""
 
+import copy
 import csv
+import gzip
 import json
 import math
 import os
@@ -35,8 +37,8 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def metrics(run="out/tiny"):
-    with open(f"{run}/metrics.csv", newline="") as file:
+def metrics(run="out/tiny", name="metrics.csv"):
+    with open(f"{run}/{name}", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -112,9 +114,10 @@ def test_padding_counts_neither_in_loss_nor_in_accuracy(small):
             loss -= logits[t, token].item()
             correct += logits[t].argmax().item() == token
             counted += 1
-    found = small.evaluate(model, small.Documents(FLAT, EOT))
-    assert found["loss"] == pytest.approx(loss / counted, abs=1e-6)
-    assert found["accuracy"] == correct / counted
+    rows = small.Documents(FLAT, EOT)
+    assert small.evaluate(model, rows) == pytest.approx(loss / counted, abs=1e-6)
+    sums = small.evaluate_positions(model, rows).sum(dim=1).tolist()
+    assert sums == pytest.approx([loss, correct, counted], abs=1e-5)
 
 
 def test_random_seeds_differ_in_purpose_and_step_only():
@@ -129,15 +132,16 @@ def test_evaluation_is_the_token_by_token_sum(small):
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 50, 2, 2, 16)).eval()
     tokens = torch.randint(50, (100,)).numpy().astype(np.uint16)
-    loss, correct = 0.0, 0
+    sums = torch.zeros(3, 8, dtype=torch.float64)
+    in_float64 = copy.deepcopy(model).double()
     for t in range(1, 100):
-        first = (t - 1) // 8 * 8
-        logits = model(torch.tensor([tokens[first:t].tolist()]))[0][0, -1].double()
-        loss -= logits.log_softmax(dim=-1)[tokens[t]].item()
-        correct += logits.argmax().item() == tokens[t]
-    found = small.evaluate(model, small.Windows(tokens))
-    assert found["loss"] == pytest.approx(loss / 99, abs=1e-6)
-    assert found["accuracy"] == correct / 99
+        first, position = (t - 1) // 8 * 8, (t - 1) % 8
+        logits = in_float64(torch.tensor([tokens[first:t].tolist()]))[0][0, -1]
+        nats = -logits.log_softmax(dim=-1)[tokens[t]].item()
+        sums[:, position] += torch.tensor([nats, logits.argmax().item() == tokens[t], 1])
+    rows = small.Windows(tokens)
+    assert small.evaluate(model, rows) == pytest.approx(sums[0].sum().item() / 99, abs=1e-6)
+    torch.testing.assert_close(small.evaluate_positions(model, rows), sums, atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -160,9 +164,10 @@ def test_a_capped_evaluation_is_spread_over_the_split(small):
     assert seen == [0, 264, 528, 792]
 
 
-def test_bits_per_character():
-    counts = {"tokens": 50, "characters": 200}
-    assert script.bits_per_character(math.log(16), counts) == pytest.approx(1.0)
+def test_bits_per_character_and_byte():
+    counts = {"tokens": 50, "characters": 200, "bytes": 400}
+    assert script.bits_per("characters", math.log(16), counts) == pytest.approx(1.0)
+    assert script.bits_per("bytes", math.log(16), counts) == pytest.approx(0.5)
 
 
 def test_eval_only_reports_every_split_of_the_best_checkpoint(run, verse):
@@ -170,15 +175,40 @@ def test_eval_only_reports_every_split_of_the_best_checkpoint(run, verse):
     exact = (*TINY, "--eval_iters=0")
     run("train.py", *exact)
     out = run("train.py", *exact, "--init_from=resume", "--eval_only=True").out
-    table = {row[0]: row for row in map(str.split, out.splitlines()) if len(row) == 6}
+    table = {row[0]: row for row in map(str.split, out.splitlines()) if len(row) == 7}
     assert list(table) == ["split", "train", "val", "test"]
     best = load_checkpoint("out/tiny/best.pt")["progress"]["best_loss"]
     assert float(table["val"][2]) == pytest.approx(best, abs=1e-4)
     for split in ("train", "val", "test"):
-        _, _, loss, perplexity, bits, accuracy = table[split]
+        _, _, loss, perplexity, bits, bits_of_a_byte, accuracy = table[split]
         assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
         assert float(bits) == pytest.approx(float(loss) / math.log(2), rel=1e-3)
+        assert bits_of_a_byte == bits  # all characters are ASCII
         assert 0 < float(accuracy[:-1]) < 100
+    positions = {row[0]: list(map(float, row[1:])) for row in map(
+        str.split, out.partition("position")[2].splitlines()[1:])}
+    assert list(positions) == ["1", "2", "3-4", "5-8", "9-16"]
+    number = {"1": 1, "2": 1, "3-4": 2, "5-8": 4, "9-16": 8}
+    mean = sum(number[at] * losses[0] for at, losses in positions.items()) / 16
+    assert mean == pytest.approx(float(table["train"][2]), abs=2e-4)  # 249 rows, all of them whole
+
+
+def test_eval_only_draws_the_loss_by_position(run, verse):
+    pytest.importorskip("matplotlib")
+    run("train.py", *TINY)
+    assert not Path("out/tiny/loss_by_position.png").exists()
+    run("train.py", *TINY, "--init_from=resume", "--eval_only=True", "--plot=True")
+    assert Path("out/tiny/loss_by_position.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_progress_is_for_terminals_only(small, monkeypatch, capsys):
+    model, rows = GPT(GPTConfig(8, 50, 1, 1, 8)), small.Windows(np.arange(9000) % 50)
+    small.evaluate(model, rows)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    small.evaluate(model, rows)
+    err = capsys.readouterr().err
+    assert "\revaluating, batch 1 of 5" in err and err.endswith("\r" + " " * 79 + "\r")
 
 
 # ---- optimizers and schedule ----
@@ -279,6 +309,35 @@ def test_an_evaluation_that_is_not_finite_is_a_sentence_not_a_picture(train, mon
     one_sentence(train("--plot=True"), 1, "step 3: val is nan")
 
 
+def test_gradient_norms_by_layer_add_up_and_go_on_where_a_run_does(train):
+    train("--log_grad_norms=True", "--max_iters=3", "--lr_decay_iters=6")
+    train("--log_grad_norms=True", "--init_from=resume", "--lr_decay_iters=6")
+    rows = metrics(name="grad_norms.csv")
+    assert list(rows[0]) == ["step", "wte", "wpe", "h.0", "h.1", "ln_f"]
+    assert [row.pop("step") for row in rows] == list("123456")
+    for row, whole in zip(rows, metrics()[1:], strict=True):
+        assert math.hypot(*map(float, row.values())) == pytest.approx(float(whole["norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [[], ["--layerdrop=0.5"], ["--max_iters=1"]])
+def test_gradient_norms_are_drawn_below_the_curves(train, options):
+    pytest.importorskip("matplotlib")
+    assert train("--plot=True", "--log_grad_norms=True", *options).status == 0
+    assert int.from_bytes(Path("out/tiny/loss.png").read_bytes()[20:24]) == 900
+
+
+def test_a_profile_is_a_trace_and_a_table(train):
+    result = train("--profile=3")
+    assert result.status == 0
+    with gzip.open("out/tiny/trace.json.gz") as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep#") for name in set(names)) == 3
+    table = result.out.partition("of a step; 3 of them: out/tiny/trace.json.gz")[2].splitlines()
+    shares = [float(line.split()[1][:-1]) for line in table[1:16]]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.1
+    assert any(line.endswith("aten::addmm") for line in table)
+
+
 def test_without_matplotlib_one_line_says_so(train, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = train("--plot=True")
@@ -318,7 +377,7 @@ def test_three_steps_and_three_more_are_six(train, options):
     train(*options, "--max_iters=3")
     result = train(*options, "--init_from=resume")
     assert result.status == 0 and same(weights(), whole)
-    timed = ("ms", "tok/s", "elapsed", "left")
+    timed = ("ms", "tok/s", "elapsed", "eta")
     for row in (plain := rows + metrics()):
         for name in timed:
             row.pop(name)
@@ -347,7 +406,8 @@ def test_killed_between_two_checkpoints_a_run_still_ends_the_same(train, monkeyp
 
 @pytest.mark.parametrize("options", [["--eval_interval=1"], ["--eval_interval=0"],
                                      ["--sample_interval=2"], ["--log_interval=0"],
-                                     ["--eval_iters=0"], ["--snapshot_interval=1"]])
+                                     ["--eval_iters=0"], ["--snapshot_interval=1"],
+                                     ["--profile=2"], ["--log_grad_norms=True"]])
 def test_looking_does_not_change_the_weights(train, options):
     train("--dropout=0.3")
     before = weights()
@@ -419,6 +479,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
     (["--device=tpu9"], 2, ["device 'tpu9' cannot be used here"]),
     (["--init_from=gpt9"], 2, ["--init_from must be scratch, resume, gpt2"]),
     (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
+    (["--profile=10"], 2, ["--profile=10 needs 13 steps, give a larger --max_iters"]),
     (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),
 ])
 def test_a_run_that_cannot_work_says_why(train, arguments, status, words):
