@@ -216,7 +216,8 @@ def draw_attention(model, tokenizer, ids, title):
         grid[0, 0].set(xticks=range(T), xticklabels=labels, yticks=range(T), yticklabels=labels)
         for axes in grid[-1]:
             axes.tick_params("x", rotation=90)
-    figure.colorbar(image, ax=grid, label="attention weight", location="bottom", shrink=0.5, aspect=40)
+    figure.colorbar(image, ax=grid, label="attention weight", location="bottom",
+                    shrink=0.5, aspect=40)
     figure.suptitle(title, fontsize=10)
     with (stop_on_error(), warnings.catch_warnings(), atomic_write(Path(attention)) as file):
         warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks

@@ -717,8 +717,8 @@ def writing(path):
 
 
 def open_metrics(run_dir, step, floor, raw):
-    """Functions that keep a row: in metrics.csv, in grad_norms.csv, in loss.png, which is drawn from
-    both, in wandb. A new run removes what another has left."""
+    """Functions that keep a row: in metrics.csv, grad_norms.csv, loss.png, which is drawn from both,
+    and wandb. A new run removes what another has left."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     if rank:
         return []
@@ -851,8 +851,8 @@ def draw_positions(path, source, found):
 
 
 def profiled(steps, run_dir, target):
-    """steps, of which torch.profiler traces --profile after three that warm up: trace.json.gz is for
-    ui.perfetto.dev, and a table lists what took most of their time."""
+    """steps, of which torch.profiler traces --profile after three that warm up: trace.json.gz is
+    for ui.perfetto.dev, and a table lists what took most of their time."""
     if not profile or rank:
         yield from steps
         return
@@ -979,8 +979,8 @@ def print_summary(progress, rows, counts, run_dir, raw, target):
         print(f"stopped early, after {progress['stale']} evaluations without a better val loss")
     if progress["best_step"]:
         print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
-              f"{math.exp(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per character, "
-              f"in {run_dir}/best.pt")
+              f"{math.exp(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per "
+              f"character, in {run_dir}/best.pt")
         if floor := counts.get("nats_per_token"):
             print(f"the text's own entropy is {floor:.4f}, the loss "
                   f"{loss / floor - 1:.1%} above it")

@@ -30,5 +30,5 @@ warmup_iters = 20
 lr_schedule = "linear"
 min_lr = 0.0
 max_iters = 1000
-eval_interval = 500
+eval_interval = 250
 log_interval = 50

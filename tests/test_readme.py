@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +51,18 @@ def test_a_config_serves_every_script_and_has_the_parameters_it_states(run, monk
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=VOCABULARY[dataset], **values))
     assert model.num_params() == stated
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_takes_two_steps(run, name):
+    """Of its own optimizer, schedule and options, in a narrower model on less text."""
+    config = REPO / "config" / name
+    Path("stories.txt").write_text("Once upon a time, there was a dog.\n<|endoftext|>\n" * 99)
+    assert run("prepare_tinystories.py", config, "--source=stories.txt", "--dataset=tiny",
+               "--tokenizer=byte", "--fraction=1.0").status == 0
+    result = run("train.py", config, "--dataset=tiny", "--out_dir=out/tiny", "--max_iters=2",
+                 "--max_epochs=0", "--batch_size=2", "--block_size=32", "--n_layer=2", "--n_inner=0",
+                 "--n_head=2", "--n_embd=16", "--init_from=scratch", "--device=cpu", "--plot=False")
+    assert result.status == 0 and "best val loss" in result.out
+    assert run("sample.py", config, "--out_dir=out/tiny", "--max_new_tokens=3", "--init_from=resume",
+               "--device=cpu").status == 0

@@ -316,7 +316,8 @@ def test_gradient_norms_by_layer_add_up_and_go_on_where_a_run_does(train):
     assert list(rows[0]) == ["step", "wte", "wpe", "h.0", "h.1", "ln_f"]
     assert [row.pop("step") for row in rows] == list("123456")
     for row, whole in zip(rows, metrics()[1:], strict=True):
-        assert math.hypot(*map(float, row.values())) == pytest.approx(float(whole["norm"]), rel=1e-4)
+        whole_norm = float(whole["norm"])
+        assert math.hypot(*map(float, row.values())) == pytest.approx(whole_norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [[], ["--layerdrop=0.5"], ["--max_iters=1"]])
