@@ -31,6 +31,11 @@ def test_a_command_of_the_readme_is_understood(run, monkeypatch, command):
                 assert run(script, *shlex.split(after), "--help").status == 0, part
 
 
+def test_the_pictures_of_the_readme_are_there_and_small():
+    pictures = re.findall(r"!\[.+\]\((.+)\)", README)
+    assert len(pictures) == 2 and all((REPO / path).stat().st_size < 100_000 for path in pictures)
+
+
 def test_ci_runs_the_quick_start_and_the_tests_word_for_word():
     start, tests, *_ = [block.strip() for block in BLOCKS]
     ci = (REPO / ".ci/run").read_text().splitlines()
