@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from config import configure, stop, stop_on_error
-from model import (CharTokenizer, atomic_write, download, read_text, sha256_of, show_progress,
-                   token_dtype, tokenizer_from)
+from model import (CharTokenizer, atomic_write, download, read_text, sha256_of, token_dtype,
+                   tokenizer_from)
 
 # Text
 source = ""           # a UTF-8 text file; empty: Tiny Shakespeare (1.1 MB), fetched to data/
@@ -112,8 +112,6 @@ def write_dataset(folder, splits, tokenizer, made_by, end="", workers=1, nats=No
             for ids, more in map_in_order(encode, batches, workers):
                 file.write(ids.tobytes())
                 counts = {name: count + more[name] for name, count in counts.items()}
-                show_progress(f"{folder}/{split}.bin: {counts['tokens']:,} tokens")
-        show_progress("")
         if nats:  # all but the first token are predicted
             counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)
             counts["nats_per_character"] = nats[split] / counts["characters"]

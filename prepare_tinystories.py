@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-import sys
 from array import array
 from collections import Counter, defaultdict
 from functools import partial
@@ -24,7 +23,8 @@ from string import Formatter
 import numpy as np
 
 from config import configure, stop, stop_on_error
-from model import EOT, PIECES, CharTokenizer, atomic_write, download, tokenizer_from
+from model import (EOT, PIECES, CharTokenizer, atomic_write, download, show_progress,
+                   tokenizer_from)
 from prepare_shakespeare import is_complete, write_dataset
 
 # Stories
@@ -171,9 +171,8 @@ def read_stories(paths, size, tail=True):
                                      f"write one behind each story")
                 if mark:
                     yield split_stories(text, path, file.tell() - len(rest + mark + text))
-                if sys.stderr.isatty():
-                    print(f"\r{path.name}: {file.tell() / 1e6:.0f} of {length / 1e6:.0f} MB ",
-                          end="\n" if file.tell() == length else "", file=sys.stderr)
+                show_progress(f"{path.name}: {file.tell() / 1e6:,.0f} of {length / 1e6:,.0f} MB")
+            show_progress("")
             if tail and rest.strip():
                 yield split_stories(rest, path, length - len(rest))
 
