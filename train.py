@@ -656,13 +656,13 @@ def losses(raw, model, data, target):
 def evaluate_positions(model, rows, target="cpu", max_batches=0):
     """(3, block_size) sums over a split, by the position in its rows: nats, tokens of which the
     likeliest was right, tokens."""
-    sums = torch.zeros(3, block_size, dtype=torch.float64, device=target)
+    sums = torch.zeros(3, block_size, dtype=torch.float64)
     for x, y in eval_batches(rows, target, max_batches):
         logits = model(x)[0]
         nats = [F.cross_entropy(row.float(), wanted, ignore_index=-1, reduction="none")
                 for row, wanted in zip(logits, y)]  # a row at a time: the floats of all are many
         right = logits.max(dim=-1).indices == y     # on a CPU a third of argmax's time
-        sums += torch.stack((torch.stack(nats), right, y >= 0)).sum(dim=1)
+        sums += torch.stack((torch.stack(nats), right, y >= 0)).sum(dim=1).cpu()
     return torch.tensor(summed(target, *sums.flatten().tolist()), dtype=sums.dtype).view(3, -1)
 
 
@@ -825,9 +825,9 @@ def draw_curves(run_dir, floor=None):
     bottom.legend(handles=[*bottom.lines, *right.lines], loc="upper right")
     if norms:
         layers = [name for name in norms[0] if name != "step"]
+        values = np.array([[float(row[name]) for row in norms] for name in layers])
         heat = panels[2].pcolormesh([int(row["step"]) for row in norms], layers,
-                                    [[float(row[name]) for row in norms] for name in layers],
-                                    norm="log", cmap="viridis")
+                                    np.ma.masked_invalid(values), norm="log", cmap="viridis")
         panels[2].tick_params("y", labelsize=7)
         figure.colorbar(heat, ax=panels[2], label="gradient norm by layer", location="bottom",
                         shrink=0.5, aspect=40)
