@@ -825,9 +825,9 @@ def draw_curves(run_dir, floor=None):
     bottom.legend(handles=[*bottom.lines, *right.lines], loc="upper right")
     if norms:
         layers = [name for name in norms[0] if name != "step"]
-        values = np.array([[float(row[name]) for row in norms] for name in layers])
         heat = panels[2].pcolormesh([int(row["step"]) for row in norms], layers,
-                                    np.ma.masked_invalid(values), norm="log", cmap="viridis")
+                                    [[float(row[name]) for row in norms] for name in layers],
+                                    norm="log", cmap="viridis")  # what is not finite stays blank
         panels[2].tick_params("y", labelsize=7)
         figure.colorbar(heat, ax=panels[2], label="gradient norm by layer", location="bottom",
                         shrink=0.5, aspect=40)
