@@ -3,7 +3,7 @@
     python train.py config/shakespeare_cpu.py
     python train.py config/shakespeare_cpu.py --n_layer=6 --out_dir=out/deeper
     python train.py config/shakespeare_cpu.py --init_from=resume --max_iters=4000
-    torchrun --nproc_per_node=2 train.py config/gpt2_124m.py
+    torchrun --nproc_per_node=2 train.py config/shakespeare_small.py
 
 Writes out/<run>/best.pt, last.pt, metrics.csv and loss.png; python sample.py then shows what it
 learned.
@@ -394,12 +394,14 @@ def every(interval, step):
 
 def load_dataset(folder):
     """(meta.json, tokenizer, {split: Windows or Documents}) of what a prepare script wrote."""
-    name, _, kind = folder.name.rpartition("_")
+    text, *more = folder.name.split("_")
     made = {"shakespeare": "shakespeare.py", "tinystories": "tinystories.py",
-            "grammar": "tinystories.py --source=grammar"}.get(name)
-    remedy = "make it with python prepare_" + (
-        f"{made} --tokenizer={kind}" if made and kind in ("char", "byte", "gpt2", "bpe") else
-        f"shakespeare.py --source=FILE --dataset={folder.name}")
+            "grammar": "tinystories.py --source=grammar"}.get(text)
+    if made and more and more[-1] in ("char", "byte", "gpt2", "bpe"):
+        made += f" --tokenizer={more[-1]}" + f" --dataset={folder.name}" * (len(more) > 1)
+    else:
+        made = f"shakespeare.py --source=FILE --dataset={folder.name}"
+    remedy = f"make it with python prepare_{made}"
     if not os.path.isfile(folder / "meta.json"):
         stop(f"{folder}: no such dataset, {remedy}")
     try:

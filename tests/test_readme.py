@@ -16,7 +16,8 @@ COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS
                    for line in block.splitlines() if re.search("python |torchrun ", line)})
 CONFIGS = sorted(path.name for path in (REPO / "config").glob("[!_]*.py"))
 VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257, "grammar_bpe": 1209,
-              "tinystories_char": 91, "tinystories_gpt2": 50257, "tinystories_bpe": 4096}
+              "tinystories_char": 91, "tinystories_gpt2": 50257, "tinystories_slice_gpt2": 50257,
+              "tinystories_bpe": 4096}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

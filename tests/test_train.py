@@ -470,6 +470,8 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
 
 @pytest.mark.parametrize("arguments, status, words", [
     (["--dataset=nope"], 1, ["data/nope: no such dataset", "prepare_shakespeare.py"]),
+    (["--dataset=tinystories_bpe"], 1, ["prepare_tinystories.py --tokenizer=bpe"]),
+    (["--dataset=tinystories_a_gpt2"], 1, ["--tokenizer=gpt2 --dataset=tinystories_a_gpt2"]),
     ([f"--dataset={'9' * 5000}"], 1, ["data/999"]),
     (["--block_size=500"], 2, ["445 tokens are too few for a block_size of 500"]),
     (["--n_embd=15"], 2, ["n_embd must be a multiple of n_head"]),
