@@ -765,126 +765,6 @@ def open_table(path, columns, step):
     return keep
 
 
-def read_table(path):
-    """The rows of a csv file, {column: text} each; none where there is no file."""
-    with open(path if path.exists() else os.devnull, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def layer_norms(raw):
-    """{layer: norm of its gradient}, 0 where it has none; the squares add up to that of all."""
-    layers = {}
-    for name, p in raw.named_parameters():
-        layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(p.grad)
-    return {layer: nn.utils.get_total_norm([g for g in grads if g is not None]).item()
-            for layer, grads in layers.items()}
-
-
-def can_draw():
-    """Whether pictures are wanted and possible; where they are only wanted it says so."""
-    found = find_spec("matplotlib")
-    if plot and not found:
-        print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
-    return plot and found
-
-
-def save_figure(figure, path):
-    with writing(path), atomic_write(path) as file:
-        figure.savefig(file, format="png")
-
-
-def draw_curves(run_dir, floor=None):
-    """Draws loss.png: losses, perplexity on the right, the best step and the text's own entropy
-    (floor) where it is known; learning rate and gradient norm; each layer's where they are kept."""
-    from matplotlib.figure import Figure
-    rows, norms = (read_table(run_dir / name) for name in ("metrics.csv", "grad_norms.csv"))
-    rows = rows[len(rows) > 2:]  # step 0, which says ln(vocabulary), would flatten the rest
-    figure = Figure(figsize=(8, 9 if norms else 6), dpi=100, layout="constrained")
-    panels = figure.subplots(3 if norms else 2, sharex=True,
-                             height_ratios=(2, 1, 1.4) if norms else (2, 1))
-    top, bottom, right = *panels[:2], panels[1].twinx()
-    for axes, name, label, style in (  # colours that the colour-blind tell apart, too
-            (top, "loss", "training batches", dict(color="#999999", linewidth=0.7)),
-            (top, "train", "train", dict(color="#0072B2", marker=".")),
-            (top, "val", "validation", dict(color="#D55E00", marker=".")),
-            (bottom, "lr", "learning rate", dict(color="#009E73")),
-            (right, "norm", "gradient norm", dict(color="#CC79A7", linewidth=0.7))):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        axes.plot(*zip(*points) if points else ([], []), label=label, **style)
-    best, loss = min(((int(row["step"]), float(row["val"])) for row in rows if row["val"]),
-                     key=lambda point: point[1])
-    top.plot(best, loss, "*", color="black", markersize=12, label=f"best: {loss:.4f} at {best:,}")
-    if floor:
-        top.axhline(floor, color="black", linestyle=":", label=f"entropy of the text: {floor:.4f}")
-    highest = max(float(row["val"]) for row in rows if row["val"])
-    top.set(title=f"{run_dir}: loss", ylabel="nats per token", ylim=(None, 1.1 * highest))
-    perplexity = top.secondary_yaxis("right")
-    perplexity.set_ylabel("perplexity")
-    perplexity.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.4g}")
-    top.legend()
-    bottom.set_ylabel("learning rate")
-    right.set_ylabel("gradient norm")
-    bottom.legend(handles=[*bottom.lines, *right.lines], loc="upper right")
-    if norms:
-        layers = [name for name in norms[0] if name != "step"]
-        heat = panels[2].pcolormesh([int(row["step"]) for row in norms], layers,
-                                    [[float(row[name]) for row in norms] for name in layers],
-                                    norm="log", cmap="viridis")  # what is not finite stays blank
-        panels[2].tick_params("y", labelsize=7)
-        figure.colorbar(heat, ax=panels[2], label="gradient norm by layer", location="bottom",
-                        shrink=0.5, aspect=40)
-    panels[-1].set_xlabel("step")
-    save_figure(figure, run_dir / "loss.png")
-
-
-def draw_positions(path, source, found):
-    """Draws the mean loss at each position of the context, of {split: evaluate_positions()}."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for (split, (nats, _, tokens)), color in zip(found.items(), ("#0072B2", "#D55E00", "#009E73")):
-        axes.plot(range(1, len(nats) + 1), (nats / tokens).numpy(), label=split, color=color)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(title=f"{source}: loss by position", ylabel="nats per token",
-             xlabel="tokens in the context, the one just read included")
-    axes.legend()
-    save_figure(figure, path)
-
-
-def profiled(steps, run_dir, target):
-    """steps, of which torch.profiler traces --profile after three that warm up: trace.json.gz is
-    for ui.perfetto.dev, and a table lists what took most of their time."""
-    if not profile or rank:
-        yield from steps
-        return
-    gpu = target.type == "cuda"
-    time, memory = (f"self_{'device' if gpu else 'cpu'}_{what}"
-                    for what in ("time_total", "memory_usage"))
-
-    def ready(watcher):
-        path = run_dir / "trace.json.gz"
-        with writing(path):
-            watcher.export_chrome_trace(f"{path}.tmp.gz")  # by this name it is compressed
-            os.replace(f"{path}.tmp.gz", path)
-        rows = [(getattr(o, time) / 1000 / profile, o.count / profile,
-                 getattr(o, memory) / 1e6 / profile, o.key.replace("ProfilerStep*", "Python"))
-                for o in watcher.key_averages()]
-        whole = sum(ms for ms, *_ in rows)
-        print(f"{'ms':>9}{'share':>8}{'calls':>8}{'MB':>11}  of a step; {profile} of them: {path}")
-        for ms, calls, megabytes, name in sorted(rows, reverse=True)[:15]:
-            print(f"{ms:>9,.2f}{ms / whole:>8.1%}{calls:>8,.0f}{megabytes:>11,.1f}  {name:.60}")
-
-    with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU]
-            + gpu * [torch.profiler.ProfilerActivity.CUDA],
-            schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),
-            on_trace_ready=ready, profile_memory=True) as watcher:
-        for step in steps:
-            yield step
-            watcher.step()
-
-
 def log(metrics, row):
     """One line on the terminal and in each of metrics; what a row lacks stays blank."""
     print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
@@ -1002,6 +882,128 @@ def peak_memory(target):
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024)
+
+
+# ---- looking closer: norms, pictures, a profile ----
+
+def layer_norms(raw):
+    """{layer: norm of its gradient}, 0 where it has none; the squares add up to that of all."""
+    layers = {}
+    for name, p in raw.named_parameters():
+        layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(p.grad)
+    return {layer: nn.utils.get_total_norm([g for g in grads if g is not None]).item()
+            for layer, grads in layers.items()}
+
+
+def can_draw():
+    """Whether pictures are wanted and possible; where they are only wanted it says so."""
+    found = find_spec("matplotlib")
+    if plot and not found:
+        print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
+    return plot and found
+
+
+def read_table(path):
+    """The rows of a csv file, {column: text} each; none where there is no file."""
+    with open(path if path.exists() else os.devnull, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_curves(run_dir, floor=None):
+    """Draws loss.png: losses, perplexity on the right, the best step and the text's own entropy
+    (floor) where it is known; learning rate and gradient norm; each layer's where they are kept."""
+    from matplotlib.figure import Figure
+    rows, norms = (read_table(run_dir / name) for name in ("metrics.csv", "grad_norms.csv"))
+    rows = rows[len(rows) > 2:]  # step 0, which says ln(vocabulary), would flatten the rest
+    figure = Figure(figsize=(8, 9 if norms else 6), dpi=100, layout="constrained")
+    panels = figure.subplots(3 if norms else 2, sharex=True,
+                             height_ratios=(2, 1, 1.4) if norms else (2, 1))
+    top, bottom, right = *panels[:2], panels[1].twinx()
+    for axes, name, label, style in (  # colours that the colour-blind tell apart, too
+            (top, "loss", "training batches", dict(color="#999999", linewidth=0.7)),
+            (top, "train", "train", dict(color="#0072B2", marker=".")),
+            (top, "val", "validation", dict(color="#D55E00", marker=".")),
+            (bottom, "lr", "learning rate", dict(color="#009E73")),
+            (right, "norm", "gradient norm", dict(color="#CC79A7", linewidth=0.7))):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        axes.plot(*zip(*points) if points else ([], []), label=label, **style)
+    best, loss = min(((int(row["step"]), float(row["val"])) for row in rows if row["val"]),
+                     key=lambda point: point[1])
+    top.plot(best, loss, "*", color="black", markersize=12, label=f"best: {loss:.4f} at {best:,}")
+    if floor:
+        top.axhline(floor, color="black", linestyle=":", label=f"entropy of the text: {floor:.4f}")
+    highest = max(float(row["val"]) for row in rows if row["val"])
+    top.set(title=f"{run_dir}: loss", ylabel="nats per token", ylim=(None, 1.1 * highest))
+    perplexity = top.secondary_yaxis("right")
+    perplexity.set_ylabel("perplexity")
+    perplexity.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.4g}")
+    top.legend()
+    bottom.set_ylabel("learning rate")
+    right.set_ylabel("gradient norm")
+    bottom.legend(handles=[*bottom.lines, *right.lines], loc="upper right")
+    if norms:
+        layers = [name for name in norms[0] if name != "step"]
+        heat = panels[2].pcolormesh([int(row["step"]) for row in norms], layers,
+                                    [[float(row[name]) for row in norms] for name in layers],
+                                    norm="log", cmap="viridis")  # what is not finite stays blank
+        panels[2].tick_params("y", labelsize=7)
+        figure.colorbar(heat, ax=panels[2], label="gradient norm by layer", location="bottom",
+                        shrink=0.5, aspect=40)
+    panels[-1].set_xlabel("step")
+    save_figure(figure, run_dir / "loss.png")
+
+
+def draw_positions(path, source, found):
+    """Draws the mean loss at each position of the context, of {split: evaluate_positions()}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (split, (nats, _, tokens)), color in zip(found.items(), ("#0072B2", "#D55E00", "#009E73")):
+        axes.plot(range(1, len(nats) + 1), (nats / tokens).numpy(), label=split, color=color)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(title=f"{source}: loss by position", ylabel="nats per token",
+             xlabel="tokens in the context, the one just read included")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    with writing(path), atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def profiled(steps, run_dir, target):
+    """steps, of which torch.profiler traces --profile after three that warm up: trace.json.gz is
+    for ui.perfetto.dev, and a table lists what took most of their time."""
+    if not profile or rank:
+        yield from steps
+        return
+    gpu = target.type == "cuda"
+    took, memory = (f"self_{'device' if gpu else 'cpu'}_{what}"
+                    for what in ("time_total", "memory_usage"))
+
+    def ready(watcher):
+        path = run_dir / "trace.json.gz"
+        with writing(path):
+            watcher.export_chrome_trace(f"{path}.tmp.gz")  # by this name it is compressed
+            os.replace(f"{path}.tmp.gz", path)
+        rows = [(getattr(o, took) / 1000 / profile, o.count / profile,
+                 getattr(o, memory) / 1e6 / profile, o.key.replace("ProfilerStep*", "Python"))
+                for o in watcher.key_averages()]
+        whole = sum(ms for ms, *_ in rows)
+        print(f"{'ms':>9}{'share':>8}{'calls':>8}{'MB':>11}  of a step; {profile} of them: {path}")
+        for ms, calls, megabytes, name in sorted(rows, reverse=True)[:15]:
+            print(f"{ms:>9,.2f}{ms / whole:>8.1%}{calls:>8,.0f}{megabytes:>11,.1f}  {name:.60}")
+
+    with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU]
+            + gpu * [torch.profiler.ProfilerActivity.CUDA],
+            schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),
+            on_trace_ready=ready, profile_memory=True) as watcher:
+        for step in steps:
+            yield step
+            watcher.step()
 
 
 if __name__ == "__main__":
