@@ -7,6 +7,7 @@
 """
 
 import sys
+import time
 import warnings
 from functools import partial
 from importlib.util import find_spec
@@ -156,6 +157,7 @@ def write(model, tokenizer, idx):
                           repetition_penalty=repetition_penalty, temperature=temperature,
                           top_k=top_k, top_p=top_p, min_p=min_p)
     rows, texts, printed = [[] for _ in generators], [""] * num_samples, 0
+    began = time.perf_counter()
     if num_samples == 1:
         print(prompt, end="", flush=True)
     for ids in stream:
@@ -172,6 +174,8 @@ def write(model, tokenizer, idx):
         print(texts[0][printed:])
     else:
         print("\n----\n".join(prompt + text for text in texts))
+    tokens, took = sum(map(len, rows)), time.perf_counter() - began
+    print(f"{tokens:,} tokens in {took:.1f} s: {tokens / took:,.1f} tokens/s", file=sys.stderr)
     return idx[0].tolist() + rows[0]
 
 

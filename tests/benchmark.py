@@ -19,6 +19,9 @@
     python tests/benchmark.py around       what is not the model: batches, the log, evaluations
     python tests/benchmark.py curves data/shakespeare_char
                                            the loss curves of bfloat16 against float32's
+    python tests/benchmark.py padding out/tinystories_gpt2
+                                           perplexity of a run on story rows: of real tokens, and
+                                           with padding counted
 
 Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
 """
@@ -294,6 +297,36 @@ def curves(data):
               f"{abs(vals[1] / vals[0] - 1):.2%} apart", flush=True)
 
 
+def padding(run, steps=100):
+    """Perplexity on the test split of real tokens alone, and of all that fill its rows, by a run's
+    best model, and by the same after a few steps whose loss counts padding, too."""
+    saved = load_checkpoint(Path(run, "best.pt"))
+    vars(script).update(saved["settings"])
+    _, tokenizer, data = script.load_dataset(Path("data") / script.dataset)
+    model, real = saved["model"], script.read_rows
+    forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+    def padded(*arguments):
+        x, y = real(*arguments)
+        return x, y.masked_fill(y < 0, tokenizer.eot)
+
+    def report(when):
+        found = []
+        for script.read_rows in (real, padded):
+            found.append(np.exp(script.evaluate(forward, data["test"])))
+        print(f"{when}: {found[0]:.2f} of real tokens, {found[1]:.2f} with padding", flush=True)
+
+    report("as trained")
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=script.min_lr)
+    for number in range(steps):
+        forward(*script.batch(data["train"], number, 0))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    report(f"after {steps} steps that count padding")
+
+
 SIZES = [  # label, steps, vocabulary, settings of both
     ("4 x 64, 95 characters", 400, 95, dict(
         n_layer=4, n_head=4, n_embd=64, block_size=32, batch_size=16, dropout=0.0)),
@@ -425,8 +458,8 @@ def speedrun(nanogpt, data, seeds="3"):
 
 if __name__ == "__main__":
     wanted = {"around": around, "attention": attention_kernels, "curves": curves, "dtype": dtype,
-              "encode": encode, "kernels": kernels, "sample": sample, "speedrun": speedrun,
-              "train": train, "trust": trust}
+              "encode": encode, "kernels": kernels, "padding": padding, "sample": sample,
+              "speedrun": speedrun, "train": train, "trust": trust}
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     script.keep_memory()

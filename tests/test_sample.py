@@ -22,6 +22,7 @@ def test_without_arguments_it_takes_the_newest_best_and_says_which(sample, train
     os.utime("out/tiny/best.pt", (1, 1))
     result = sample()
     assert result.status == 0 and "out/newer/best.pt" in result.err
+    assert "\n40 tokens in " in result.err and result.err.endswith(" tokens/s\n")
     assert len(result.out) == len("\n") + 40 + len("\n")
     os.utime("out/newer/best.pt", (0, 0))
     assert "out/tiny/best.pt" in sample().err
