@@ -2,7 +2,9 @@
 (--qkv_bias=True makes it OpenAI's 124,439,808), after a published run of 1.1 million tokens.
 
 Data: python prepare_tinystories.py config/gpt2_124m.py
-Result: not measured yet.
+Result: with 11,953 stories instead (--source=FILE, 10 MB) val loss 3.9244 after 537 steps, 1.1
+million tokens and 36 min, 1.3869 bits per character, on two cores of an AMD EPYC with
+AVX512-BF16, 2026-11-25. Sampling from it writes 52 tokens/s there.
 """
 
 out_dir = "out/gpt2_124m"
@@ -20,11 +22,11 @@ qkv_bias = False
 dropout = 0.0  # no token is read twice
 
 # 1.1 million tokens are few: the smallest batch that keeps two cores busy makes the most steps.
+# Muon's own products would add two thirds to a step of so few.
 batch_size = 2
-optimizer = "muon"
-learning_rate = 4e-3
+learning_rate = 1e-3
 beta2 = 0.95
-warmup_iters = 20
+warmup_iters = 40
 lr_schedule = "linear"
 min_lr = 0.0
 max_iters = 537
