@@ -1,7 +1,9 @@
-"""Characters of Tiny Shakespeare, the sizes of nanoGPT's GPU run: 10,770,816 parameters.
+"""Characters of Tiny Shakespeare, the sizes of nanoGPT's GPU run and with 6 million tokens
+instead of 82 to as low a loss (1.4697): 10,770,816 parameters.
 
 Data: python prepare_shakespeare.py
-Result: not measured yet, this one wants a GPU.
+Result: val loss 1.4568 after 1,500 steps and 20 min, 2.1017 bits per character (1.4528 and 1.4640
+with seeds 1 and 2, 18 min each), on two cores of an AMD EPYC with AVX512-BF16, 2026-11-25.
 """
 
 out_dir = "out/shakespeare_char"
@@ -12,12 +14,19 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256
-batch_size = 64
-dropout = 0.2
 
-learning_rate = 1e-3
-min_lr = 1e-4
-beta2 = 0.99
-warmup_iters = 100
-max_iters = 5000
-eval_interval = 250
+# The loss first has to leave 2.5, that of bigrams, which takes more steps with dropout or decay and
+# more tokens in larger batches. Dropout 0.2 with weight_decay 0.5 was 0.08 behind at step 1,000.
+batch_size = 16
+dropout = 0.1
+
+optimizer = "muon"
+learning_rate = 5e-3
+momentum = 0.9
+beta2 = 0.95
+warmup_iters = 20
+lr_schedule = "linear"
+min_lr = 0.0
+max_iters = 1500
+eval_interval = 500
+log_interval = 25

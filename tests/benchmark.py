@@ -224,8 +224,8 @@ def trust(rows=8, every=250):
 
 
 def around():
-    """What is not the model: batches and the log at the smallest size; between 250 steps of
-    shakespeare_char's, 25 lines of metrics, a picture of 500 of them, and evaluating all of a val
+    """What is not the model: batches and the log at the smallest size; between 500 steps of
+    shakespeare_char's, 20 lines of metrics, a picture of 60 of them, and evaluating all of a val
     split of Tiny Shakespeare's size, and as much of train."""
     ids = np.random.default_rng(0).integers(0, 65, 111_540).astype(np.uint16)
     script.block_size, script.batch_size = 32, 16
@@ -256,22 +256,22 @@ def around():
     cost = medians["a batch"] + medians["a line"] / 10
     print(f"with a line every 10 steps {cost / (medians['a step'] + cost):.1%} of all")
 
-    script.block_size, script.batch_size = 256, 64
-    model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.2))
+    script.block_size, script.batch_size = 256, 16
+    model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.1))
     forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     data = dict.fromkeys(("train", "val"), script.Windows(ids))
     line |= {"layers": {}, "val": 1.0}
     with tempfile.TemporaryDirectory() as folder:
         keep = script.open_table(Path(folder, "metrics.csv"), script.COLUMNS, 0)
-        for done in range(500):
+        for done in range(60):
             keep(line | {"step": done})
-        medians = race("6 x 384, 64 rows of 256", {
-            "a step": lambda: step(model, 64, torch.bfloat16), "a line": lambda: keep(line),
+        medians = race("6 x 384, 16 rows of 256", {
+            "a step": lambda: step(model, 16, torch.bfloat16), "a line": lambda: keep(line),
             "a picture": lambda: script.draw_curves(Path(folder)),
             "an evaluation": lambda: script.losses(model, forward, data, "cpu")}, rounds=5)
-    steps, metrics = 250 * medians["a step"], 25 * medians["a line"] + medians["a picture"]
+    steps, metrics = 500 * medians["a step"], 20 * medians["a line"] + medians["a picture"]
     whole = steps + metrics + medians["an evaluation"]
-    print(f"with one every 250 steps evaluations are {medians['an evaluation'] / whole:.1%} of all, "
+    print(f"with one every 500 steps evaluations are {medians['an evaluation'] / whole:.1%} of all, "
           f"metrics and pictures {metrics / whole:.2%}")
 
 
