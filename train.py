@@ -250,7 +250,7 @@ def main():
 
     print_summary(progress, rows, meta["splits"]["val"], run_dir, raw, target)
     if world_size > 1:
-        # DDP, which holds the group, must go first: else 4 of 25 runs of two processes ended in SIGABRT.
+        # DDP, which holds the group, must go first: else 4 of 25 runs of two aborted at exit.
         del model, forward
         gc.collect()
         distributed.destroy_process_group()
@@ -723,7 +723,7 @@ def writing(path):
 
 
 def open_metrics(run_dir, step, floor, raw):
-    """Functions that keep a row: in metrics.csv, grad_norms.csv, loss.png, which is drawn from both,
+    """Functions that keep a row: in metrics.csv, grad_norms.csv, loss.png, drawn from both,
     and wandb. A new run removes what another has left."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     if rank:
