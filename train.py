@@ -249,14 +249,9 @@ def main():
             break
 
     print_summary(progress, rows, meta["splits"]["val"], run_dir, raw, target)
-    if world_size > 1:
-        # DDP, which holds the group, must go first: else 4 of 25 runs of two aborted at exit.
-        del model, forward
-        gc.collect()
-        distributed.destroy_process_group()
     if stopped_by:
         print("to go on, give the same command with --init_from=resume")
-        sys.exit(128 + stopped_by)
+        return 128 + stopped_by
 
 
 # ---- settings, machine, interruptions ----
@@ -1012,4 +1007,8 @@ def profiled(steps, run_dir, target):
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    if world_size > 1:  # else one run in six aborts at exit, the group's threads still there
+        gc.collect()    # what is left of DDP, which holds the group
+        distributed.destroy_process_group()
+    sys.exit(status)

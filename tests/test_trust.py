@@ -73,10 +73,14 @@ def test_two_processes_take_the_steps_of_one(train, options):
     options = ["--gradient_accumulation_steps=8", "--dropout=0.1", "--max_iters=20",
                "--snapshot_interval=1", *options]
     train(*options, "--out_dir=out/one")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", REPO / "train.py", *TINY, *options,
-                           "--out_dir=out/two"], capture_output=True, text=True, timeout=60)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+           REPO / "train.py", *TINY, *options, "--out_dir=out/two"]
+    done = subprocess.run(two, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.count("best val loss") == 1, done.stderr
+    looking = ["--init_from=resume", "--eval_only=True"]
+    done = subprocess.run([*two, *looking], capture_output=True, text=True, timeout=60)
+    table = train(*options, *looking, "--out_dir=out/two").out
+    assert done.returncode == 0 and done.stdout == table, done.stderr
     one, two = (moments(f"out/{run}/step_1.pt") for run in ("one", "two"))
     assert all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(one, two))
     for column in ("loss", "val", "norm"):
