@@ -1,13 +1,19 @@
 """TinyStories in GPT-2's tokens, after a published model: 6 post-norm layers of 512 with sinusoidal
-positions, 44,645,888 parameters.
+positions, 44,645,888 parameters. How it is trained is ours, for an hour of two cores; as published
+is --max_stories=0 --optimizer=adamw --learning_rate=2e-4 --dropout=0.1 --max_epochs=10, and for
+--max_stories=0 a GPU (not measured).
 
 Data: python prepare_tinystories.py config/tinystories_gpt2.py
-Result: not measured.
+Result: with 11,953 stories instead (--source=FILE, 10 MB) val loss 2.3439 (of 192 stories) after
+628 steps and 50 min, 0.8352 bits per character; on the test split perplexity 10.29 of real tokens;
+after 40 more steps that count padding, as the published 3.33 does, 10.68, and 5.58 with padding
+(tests/benchmark.py padding); on two cores of an AMD EPYC with AVX512-BF16, 2026-11-26.
 """
 
 out_dir = "out/tinystories_gpt2"
 dataset = "tinystories_gpt2"
 tokenizer = "gpt2"
+max_stories = 12000  # 10 MB
 val_fraction = 0.2
 test_fraction = 0.1
 start = ""
@@ -19,20 +25,22 @@ n_embd = 512
 n_inner = 2048
 block_size = 256
 positions = "sinusoidal"
+scale_embedding = True  # else positions hide the tokens: loss 5.79 instead of 4.54 at step 30
 norm = "post"
 activation = "gelu"
-dropout = 0.1
+dropout = 0.0  # hardly a story is read twice
 tied = True
 
-batch_size = 4
-gradient_accumulation_steps = 8
-learning_rate = 2e-4
-min_lr = 2e-5
-beta1 = 0.9
+optimizer = "muon"
+batch_size = 16
+learning_rate = 4e-3
+momentum = 0.9
 beta2 = 0.95
 weight_decay = 0.01
-warmup_iters = 500
-max_epochs = 10.0
-eval_epochs = 1.0
+warmup_iters = 30
+lr_schedule = "linear"
+min_lr = 0.0
+max_epochs = 1.2
+eval_epochs = 0.4
+eval_iters = 12  # the whole val split would take minutes
 patience = 3
-dtype = "auto"  # mixed precision wherever that is faster

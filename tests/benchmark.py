@@ -297,7 +297,7 @@ def curves(data):
               f"{abs(vals[1] / vals[0] - 1):.2%} apart", flush=True)
 
 
-def padding(run, steps=100):
+def padding(run, steps="40"):
     """Perplexity on the test split of real tokens alone, and of all that fill its rows, by a run's
     best model, and by the same after a few steps whose loss counts padding, too."""
     saved = load_checkpoint(Path(run, "best.pt"))
@@ -319,8 +319,8 @@ def padding(run, steps=100):
 
     report("as trained")
     torch.manual_seed(0)  # and batches stay padded
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=script.min_lr)
-    for number in range(steps):
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-4)
+    for number in range(int(steps)):
         forward(*script.batch(data["train"], number, 0))[1].backward()
         optimizer.step()
         optimizer.zero_grad()
