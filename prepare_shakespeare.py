@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import configure, stop, stop_on_error
+from config import config_file, configure, stop, stop_on_error
 from model import (CharTokenizer, atomic_write, download, read_text, sha256_of, token_dtype,
                    tokenizer_from)
 
@@ -71,7 +71,8 @@ def main():
         made = (CharTokenizer("".join(sorted(set(text)))) if tokenizer == "char"
                 else tokenizer_from({"kind": tokenizer}))
         write_dataset(folder, {name: [[part]] for name, part in splits.items()}, made, made_by)
-    print(f"next: python train.py config/shakespeare_cpu.py --dataset={folder.name}")
+    config = config_file("config/shakespeare_cpu.py")
+    print(f"next: python train.py {config} --dataset={folder.name}")
 
 
 def is_complete(folder, made_by):

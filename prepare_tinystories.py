@@ -22,7 +22,7 @@ from string import Formatter
 
 import numpy as np
 
-from config import configure, stop, stop_on_error
+from config import config_file, configure, stop, stop_on_error
 from model import (EOT, PIECES, CharTokenizer, atomic_write, download, show_progress,
                    tokenizer_from)
 from prepare_shakespeare import is_complete, write_dataset
@@ -93,7 +93,8 @@ def main():
                       EOT, workers or min(16, os.cpu_count()), nats, **read)
     config = ("quickstart" if kind == "grammar" else
               "tinystories_char" if tokenizer == "byte" else f"tinystories_{tokenizer}")
-    print(f"next: python train.py config/{config}.py --dataset={folder.name}")
+    config = config_file(f"config/{config}.py")
+    print(f"next: python train.py {config} --dataset={folder.name}")
 
 
 def check_settings():

@@ -113,6 +113,11 @@ def configure(namespace):
     return values
 
 
+def config_file(default):
+    """The last config file on the command line, or default where there is none."""
+    return ([default] + [one for one in sys.argv[1:] if not one.startswith("-")])[-1]
+
+
 def _report(kind, error, trace):
     """Ctrl-C and a closed pipe, as by head, need no traceback, and too little memory a sentence;
     anything else uncaught is a bug."""

@@ -50,6 +50,13 @@ def files(folder="data/x"):
 
 # ---- stories and splits ----
 
+def test_the_next_command_keeps_the_config_that_was_given(prepare):
+    Path("mine.py").write_text("tokenizer = 'byte'")
+    assert prepare("mine.py").out.endswith("next: python train.py mine.py --dataset=x\n")
+    other = prepare("--tokenizer=byte", "--val_fraction=0.2")
+    assert other.out.endswith("next: python train.py config/tinystories_char.py --dataset=x\n")
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
 def test_each_story_is_whole_in_one_split(prepare, tokenizer):
     prepare(f"--tokenizer={tokenizer}", "--vocab_size=300", "--test_fraction=0.25")
