@@ -91,9 +91,9 @@ def main():
             nats = {name: nats[split_of == SPLITS.index(name)].sum() for name in splits}
         write_dataset(folder, {name: stories() for name, stories in splits.items()}, made, made_by,
                       EOT, workers or min(16, os.cpu_count()), nats, **read)
-    config = ("quickstart" if kind == "grammar" else
-              "tinystories_char" if tokenizer == "byte" else f"tinystories_{tokenizer}")
-    config = config_file(f"config/{config}.py")
+    usual = ("quickstart" if kind == "grammar" else
+             "tinystories_char" if tokenizer == "byte" else f"tinystories_{tokenizer}")
+    config = config_file(f"config/{usual}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
 
 
