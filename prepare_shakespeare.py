@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import config_file, configure, stop, stop_on_error
-from model import (CharTokenizer, atomic_write, download, read_text, sha256_of, token_dtype,
-                   tokenizer_from)
+from config import config_file, configure, one_of, require, stop_on_error
+from model import atomic_write, download, read_text, sha256_of, tokenizer_from
 
 # Text
 source = ""           # a UTF-8 text file; empty: Tiny Shakespeare (1.1 MB), fetched to data/
@@ -35,97 +34,112 @@ URLS = (
 
 
 def main():
-    if tokenizer not in ("char", "byte", "gpt2"):
-        stop(f"--tokenizer must be char, byte or gpt2, not {tokenizer!r}", 2)
-    for name in ("val_fraction", "test_fraction"):
-        if not 0 <= settings[name] < 1:
-            stop(f"--{name} must be from 0 to below 1, not {settings[name]}", 2)
-    if val_fraction + test_fraction >= 1:
-        stop("--val_fraction and --test_fraction must leave something to train on", 2)
-    if Path(dataset).name != dataset:
-        stop(f"--dataset must be the plain name of a folder under data/, not {dataset!r}", 2)
-    folder = Path("data") / (dataset or f"shakespeare_{tokenizer}")
-
+    one_of(settings, "tokenizer", "char", "byte", "gpt2")
+    check_splits(settings)
+    folder = Path("data", dataset or f"shakespeare_{tokenizer}")
     path = Path(source or "data/tinyshakespeare.txt")
-    if not source and sha256_of(path) != SHA256:
-        with stop_on_error():
+    with stop_on_error():
+        if not source and sha256_of(path) != SHA256:
             download(URLS, path, "pass a copy with --source=FILE", SHA256)
-    made_by = {"source": source or URLS[0], "sha256": sha256_of(path), "tokenizer": tokenizer,
-               "val_fraction": val_fraction, "test_fraction": test_fraction}
-    if is_complete(folder, made_by):
-        print(f"{folder} is there already, made from the same text with the same settings")
-        return
-
-    with stop_on_error():
+        made_by = {"source": source or URLS[0], "sha256": sha256_of(path), "tokenizer": tokenizer,
+                   "val_fraction": val_fraction, "test_fraction": test_fraction}
+        if is_complete(folder, made_by):
+            return
         text = read_text(path)
-    if not text:
-        stop(f"{path} is empty, give it some text")
-    # One cut for each split, as nanoGPT makes them: train is text[:int(0.9 * len(text))].
-    shares = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
-    cuts = [0, int(len(text) * shares["train"]), int(len(text) * (1 - test_fraction)), len(text)]
-    splits = {name: text[a:b] for name, a, b in zip(shares, cuts, cuts[1:]) if shares[name]}
-    for name, part in splits.items():
-        if not part:
-            stop(f"{path}: {len(text)} characters are too few for a {name} split")
-    with stop_on_error():
-        made = (CharTokenizer("".join(sorted(set(text)))) if tokenizer == "char"
-                else tokenizer_from({"kind": tokenizer}))
-        write_dataset(folder, {name: [[part]] for name, part in splits.items()}, made, made_by)
-    config = config_file("config/shakespeare_cpu.py")
-    print(f"next: python train.py {config} --dataset={folder.name}")
+
+        # One cut for each split, as nanoGPT makes them: train is text[:int(0.9 * len(text))].
+        shares = {"train": 1 - val_fraction - test_fraction, "val": val_fraction,
+                  "test": test_fraction}
+        cuts = (0, int(len(text) * shares["train"]), int(len(text) * (1 - test_fraction)), len(text))
+        splits = {name: [text[a:b]] for name, a, b in zip(shares, cuts, cuts[1:]) if shares[name]}
+        for name in splits:
+            require(splits[name] != [""],
+                    f"{path}: {len(text)} characters are too few for a {name} split", 1)
+        encoder = tokenizer_from({"kind": tokenizer} if tokenizer != "char" else
+                                 {"kind": "char", "vocabulary": "".join(sorted(set(text)))})
+        meta = write_dataset(folder, splits, encoder)
+        write_meta(folder, meta | {"made_by": made_by})
+    print(f"next: python train.py {config_file('config/shakespeare_cpu.py')} "
+          f"--dataset={folder.name}")
+
+
+def check_splits(settings):
+    """Stops where the settings leave nothing to train on, or name a folder elsewhere."""
+    val, test = settings["val_fraction"], settings["test_fraction"]
+    require(val >= 0 and test >= 0 and val + test < 1,
+            "--val_fraction and --test_fraction must be 0 or above and leave some to train on")
+    require(Path(settings["dataset"]).name == settings["dataset"],
+            f"--dataset must be the plain name of a folder under data/, not {settings['dataset']!r}")
 
 
 def is_complete(folder, made_by):
-    """Whether folder holds a dataset made with just these settings."""
+    """Whether folder holds a dataset made with just these settings; if so it says so."""
     try:
-        return json.loads((folder / "meta.json").read_text())["made_by"] == made_by
+        complete = json.loads((folder / "meta.json").read_bytes())["made_by"] == made_by
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    if complete:
+        print(f"{folder} is there already, made from the same text with the same settings")
+    return complete
 
 
-def write_dataset(folder, splits, tokenizer, made_by, end="", workers=1, nats=None, **read):
-    """Writes split.bin (flat token ids) for {split: iterable of lists of documents}, end before the
-    first document and after each, then meta.json: what made them, what was read, the tokenizer, and
-    the counts of each split, with its entropy where nats, {split: total}, is known. A list is
-    encoded by one of several threads. Without meta.json nothing counts."""
+def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000_000):
+    """Writes split.bin, flat token ids, for {split: iterable of texts}, with end before the first
+    text and after each, then meta.json, without which nothing counts. Several threads encode,
+    about chunk_size characters at a time. Returns what meta.json holds: tokenizer, type of the
+    ids, counts of each split."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32)
     local = threading.local()
 
-    def encode(documents):
+    def encode(texts):
         if not hasattr(local, "tokenizer"):  # tiktoken's threads would wait for one another
             local.tokenizer = tokenizer_from(tokenizer.spec)
-        text = "".join(document + end for document in documents)
-        ids = local.tokenizer.encode(text).astype(dtype, copy=False)
-        marks = len(documents) * len(end)
-        return ids, {"tokens": len(ids), "documents": len(documents),
-                     "characters": len(text) - marks, "bytes": len(text.encode()) - marks}
+        text = "".join(text + end for text in texts)
+        ids = local.tokenizer.encode(text).astype(dtype)
+        ends = len(texts) * len(end)
+        return ids, (len(ids), len(texts), len(text) - ends, len(text.encode()) - ends)
 
-    meta = {"made_by": made_by, "read": read, "tokenizer": tokenizer.spec, "dtype": dtype.name,
-            "splits": {}}
-    for split, batches in splits.items():
-        counts = {"tokens": 0, "documents": 0, "characters": 0, "bytes": 0}
+    meta = {"tokenizer": tokenizer.spec, "dtype": dtype.name, "splits": {}}
+    for split, texts in splits.items():
+        first = tokenizer.encode(end).astype(dtype)
+        totals = np.array((len(first), 0, 0, 0))
         with atomic_write(folder / f"{split}.bin") as file:
-            first = tokenizer.encode(end).astype(dtype)
             file.write(first.tobytes())
-            counts["tokens"] += len(first)
-            for ids, more in map_in_order(encode, batches, workers):
+            for ids, counts in map_in_order(encode, chunks(texts, chunk_size), workers):
                 file.write(ids.tobytes())
-                counts = {name: count + more[name] for name, count in counts.items()}
-        if nats:  # all but the first token are predicted
-            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)
-            counts["nats_per_character"] = nats[split] / counts["characters"]
+                totals += counts
+        counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
         meta["splits"][split] = {"file": f"{split}.bin"} | counts
         print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "
               f"{counts['documents']:,} documents, {counts['characters']:,} characters")
+    write_meta(folder, meta)
+    print(f"{folder}/meta.json: vocabulary of {tokenizer.vocab_size:,}")
+    return meta
+
+
+def write_meta(folder, meta):
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
-    print(f"{folder}/meta.json: vocabulary of {tokenizer.vocab_size:,}")
+
+
+def chunks(texts, size):
+    """Lists of texts that have about size characters together."""
+    chunk, length = [], 0
+    for text in texts:
+        chunk.append(text)
+        length += len(text)
+        if length >= size:
+            yield chunk
+            chunk, length = [], 0
+    if chunk:
+        yield chunk
 
 
 def map_in_order(function, items, workers):
-    """map(function, items) on threads, of which none gets far ahead of the result that is due."""
+    """map(function, items) on threads, none of which gets far ahead of the result that is due."""
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
         for item in items:

@@ -1,4 +1,4 @@
-"""Makes data/tinystories_char (or _byte, _gpt2, _bpe) from TinyStories or from any file of stories.
+"""Makes data/tinystories_char (or _byte, _gpt2, _bpe) from TinyStories or any file of stories.
 
     python prepare_tinystories.py                                # all of TinyStories, 1.9 GB
     python prepare_tinystories.py --max_stories=50000            # downloads no more than that
@@ -17,25 +17,26 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from string import Formatter
 
 import numpy as np
 
-from config import config_file, configure, stop, stop_on_error
+from config import at_least, config_file, configure, one_of, require, stop_on_error
 from model import (EOT, PIECES, CharTokenizer, atomic_write, download, show_progress,
                    tokenizer_from)
-from prepare_shakespeare import is_complete, write_dataset
+from prepare_shakespeare import check_splits, is_complete, write_dataset, write_meta
 
 # Stories
 source = "tinystories"   # tinystories, tinystories_v2, grammar, or a file or folder of .txt files
 max_stories = 0          # take the first so many; 0: all, of grammar 20,000
-fraction = 1.0           # share of these that is used, drawn at random
+fraction = 1.0           # share of these that is used, chosen at random
 # Splits, by whole stories
-val_fraction = 0.1       # of the stories used, drawn at random
+val_fraction = 0.1       # of the stories used, chosen at random
 test_fraction = 0.0
 val_source = ""          # official: the dataset's validation file; or a FILE; empty: val_fraction
-seed = 1337              # of every draw
+seed = 1337              # of every random choice
 # Tokenizer
 tokenizer = "char"       # char, byte, gpt2, or bpe: learned from the training stories
 vocab_size = 4096        # of bpe: 256 bytes, end of text, and what is learned
@@ -51,83 +52,75 @@ settings = configure(globals())
 HUB_FILES = {"tinystories": ("TinyStories-train.txt", "TinyStories-valid.txt"),
              "tinystories_v2": ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
 LONGEST = 16_000_000     # bytes; what is longer is no story
-SPLITS = ("train", "val", "test")
 
 
 def main():
     check_settings()
     kind = "grammar" if source == "grammar" else "tinystories"
-    folder = Path("data") / (dataset or f"{kind}_{tokenizer}")
-    own = source not in HUB_FILES and kind != "grammar"
-    paths = text_files("source", source) if own else []
-    val_paths = text_files("val_source", val_source) if val_source not in ("", "official") else []
+    folder = Path("data", dataset or f"{kind}_{tokenizer}")
+    paths, val_paths = [], []
+    if source not in (*HUB_FILES, "grammar"):
+        paths = text_files("source", source)
+    if val_source not in ("", "official"):
+        val_paths = text_files("val_source", val_source)
     made_by = {name: value for name, value in settings.items()
                if name not in ("workers", "chunk_size", "hub", "dataset")}
     made_by["sha256"] = sha256_of_all(paths + val_paths)  # of what is not a download
     if is_complete(folder, made_by):
-        print(f"{folder} is there already, made from the same stories with the same settings")
         return
-
-    nats = None  # the surprise of each story, where it is known
     with stop_on_error():
         if source in HUB_FILES:
             paths = [from_hub(HUB_FILES[source][0], max_stories)]
         if val_source == "official":
             val_paths = [from_hub(HUB_FILES[source][1])]
-        if kind == "grammar":
+        if source == "grammar":
             paths = [Path("data/grammar.txt")]
             nats = write_grammar(paths[0], max_stories or 20_000)
         read = survey(paths, max_stories)
         if source in HUB_FILES:
             read["sha256"] = sha256_of_all(paths + val_paths)
-        split_of = assign_splits(read["stories"])
-        splits = {name: partial(stories_of, paths, split_of == number)
-                  for number, name in enumerate(SPLITS) if (split_of == number).any()}
+
+        chosen = assign_splits(read["stories"])  # {split: which of the stories are in it}
+        splits = {split: partial(stories_of, paths, stories) for split, stories in chosen.items()}
         if val_paths:
             count = survey(val_paths)["stories"]
             splits["val"] = partial(stories_of, val_paths, np.ones(count, bool))
-        made = make_tokenizer(splits)
-        if nats is not None:
-            nats = {name: nats[split_of == SPLITS.index(name)].sum() for name in splits}
-        write_dataset(folder, {name: stories() for name, stories in splits.items()}, made, made_by,
-                      EOT, workers or min(16, os.cpu_count()), nats, **read)
-    usual = ("quickstart" if kind == "grammar" else
-             "tinystories_char" if tokenizer == "byte" else f"tinystories_{tokenizer}")
-    config = config_file(f"config/{usual}.py")
+        encoder = make_tokenizer(splits)
+        stories = {split: read_split() for split, read_split in splits.items()}
+        threads = workers or min(16, os.cpu_count())
+        meta = write_dataset(folder, stories, encoder, EOT, threads, chunk_size)
+        if source == "grammar":
+            for split, counts in meta["splits"].items():
+                total = nats[chosen[split]].sum()
+                counts["nats_per_token"] = total / (counts["tokens"] - 1)  # but the first
+                counts["nats_per_character"] = total / counts["characters"]
+        write_meta(folder, meta | {"made_by": made_by, "read": read})
+    usual = {("grammar", tokenizer): "quickstart", (kind, "byte"): "tinystories_char"}
+    config = config_file(f"config/{usual.get((kind, tokenizer), f'tinystories_{tokenizer}')}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
 
 
 def check_settings():
-    if tokenizer not in ("char", "byte", "gpt2", "bpe"):
-        stop(f"--tokenizer must be char, byte, gpt2 or bpe, not {tokenizer!r}", 2)
-    if not 0 < fraction <= 1:
-        stop(f"--fraction must be above 0 and at most 1, not {fraction}", 2)
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        stop("--val_fraction and --test_fraction must be 0 or above and leave some to train on", 2)
-    if tokenizer == "bpe" and not 257 <= vocab_size <= 2 ** 16:
-        stop(f"--vocab_size must be from 257 to 65536, not {vocab_size}", 2)
-    for name in ("max_stories", "workers", "seed"):
-        if settings[name] < 0:
-            stop(f"--{name} must not be negative, not {settings[name]}", 2)
-    for name in ("chunk_size", "bpe_sample"):
-        if settings[name] < 1:
-            stop(f"--{name} must be at least 1, not {settings[name]}", 2)
-    if val_source == "official" and source not in HUB_FILES:
-        stop("--val_source=official goes with --source=tinystories or tinystories_v2", 2)
-    if val_source and source == "grammar":
-        stop("--source=grammar makes its own validation stories, leave --val_source away", 2)
-    if Path(dataset).name != dataset:
-        stop(f"--dataset must be the plain name of a folder under data/, not {dataset!r}", 2)
+    one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe")
+    at_least(0, settings, "max_stories", "workers", "seed")
+    at_least(1, settings, "chunk_size", "bpe_sample")
+    check_splits(settings)
+    require(0 < fraction <= 1, f"--fraction must be above 0 and at most 1, not {fraction}")
+    require(tokenizer != "bpe" or 257 <= vocab_size <= 2 ** 16,
+            f"--vocab_size must be from 257 to 65536, not {vocab_size}")
+    require(val_source != "official" or source in HUB_FILES,
+            "--val_source=official goes with --source=tinystories or tinystories_v2")
+    require(not val_source or source != "grammar",
+            "--source=grammar makes its own validation stories, leave --val_source out")
 
 
 # ---- where stories come from ----
 
 def text_files(name, path):
     """The file at path, or the .txt files of the folder there, in the order of their names."""
-    found = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.txt"))
-    if not found:
-        stop(f"--{name}={path}: no such file, nor a folder of .txt files", 2)
-    return found
+    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.txt"))
+    require(files, f"--{name}={path}: no such file, nor a folder of .txt files")
+    return files
 
 
 def sha256_of_all(paths):
@@ -151,16 +144,15 @@ def from_hub(name, wanted=0):
         part = download((url,), path, "pass stories of your own with --source=FILE, or synthetic "
                         "ones with --source=grammar", limit=limit)
         if part != path:
-            whole = (filter(None, stories) for stories in read_stories([part], chunk_size, False))
-            found = sum(1 for stories in whole for story in stories)
-            if found >= wanted:
+            have = sum(map(bool, read_stories([part], tail=False)))
+            if have >= wanted:
                 return part
-            limit = int(1.02 * part.stat().st_size * wanted / max(found, 1)) + 10_000
+            limit = int(1.02 * part.stat().st_size * wanted / max(have, 1)) + 10_000
     return path
 
 
-def read_stories(paths, size, tail=True):
-    """Lists of stories, stripped and some of them empty, each list from about size bytes of a file.
+def read_stories(paths, size=1_000_000, tail=True):
+    """Yields the stories of files, stripped and some of them empty, from size bytes at a time.
     With tail, what follows the last EOT is a story, too. Raises OSError or ValueError."""
     for path in paths:
         with open(path, "rb") as file:
@@ -171,18 +163,18 @@ def read_stories(paths, size, tail=True):
                     raise ValueError(f"{path} has {len(rest):,} bytes without an {EOT}, "
                                      f"write one behind each story")
                 if mark:
-                    yield split_stories(text, path, file.tell() - len(rest + mark + text))
+                    yield from split_stories(text, path, file.tell() - len(rest + mark + text))
                 show_progress(f"{path.name}: {file.tell() / 1e6:,.0f} of {length / 1e6:,.0f} MB")
             show_progress("")
             if tail and rest.strip():
-                yield split_stories(rest, path, length - len(rest))
+                yield from split_stories(rest, path, length - len(rest))
 
 
-def split_stories(raw, path, at):
+def split_stories(raw, path, place):
     try:
         return [story.strip() for story in raw.decode().split(EOT)]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {at + error.start}, convert it first, "
+        raise ValueError(f"{path} is not UTF-8 at byte {place + error.start}, convert it first, "
                          f"as iconv does") from None
 
 
@@ -190,7 +182,7 @@ def survey(paths, most=0):
     """How many stories there are, most at most, how many were empty (these are left out) and how
     many repeat an earlier one (these are kept)."""
     hashes, empty = array("q"), 0  # 8 bytes a story
-    for story in (s for stories in read_stories(paths, chunk_size) for s in stories):
+    for story in read_stories(paths, chunk_size):
         if most and len(hashes) == most:
             break
         if story:
@@ -205,33 +197,26 @@ def survey(paths, most=0):
 
 
 def assign_splits(count):
-    """(count,) the number of each story's split in SPLITS, len(SPLITS) where it is not used."""
+    """{split: (count,) booleans, which of the stories are in it}, for those with a share."""
     order = np.arange(count, dtype=np.uint32)
     np.random.default_rng(seed).shuffle(order)
     used = round(fraction * count)
-    val = 0 if val_source else round(val_fraction * used)
-    test = round(test_fraction * used)
-    for name, share, stories in (("val", val_fraction, val or val_source),
-                                 ("test", test_fraction, test), ("train", 1, used - val - test)):
-        if share and not stories:
-            raise ValueError(f"{count:,} stories are too few for a {name} split")
-    split_of = np.full(count, len(SPLITS), np.uint8)
-    for number, some in enumerate(np.split(order[:used], (used - val - test, used - test))):
-        split_of[some] = number
-    return split_of
+    shares = {"val": 0.0 if val_source else val_fraction, "test": test_fraction}
+    sizes = {split: round(share * used) for split, share in shares.items() if share}
+    sizes = {"train": used - sum(sizes.values())} | sizes
+    chosen, first = {}, 0
+    for split, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{count:,} stories are too few for a {split} split")
+        chosen[split] = np.zeros(count, bool)
+        chosen[split][order[first:first + size]] = True
+        first += size
+    return chosen
 
 
 def stories_of(paths, wanted):
-    """Lists of those stories, none empty, for which wanted, an array of booleans, is true."""
-    at = 0
-    for stories in read_stories(paths, chunk_size):
-        stories = list(filter(None, stories))
-        some = wanted[at:at + len(stories)]
-        at += len(stories)
-        if some.any():
-            yield [story for story, is_wanted in zip(stories, some) if is_wanted]
-        if at >= len(wanted):
-            return
+    """The stories, none empty, for which wanted, an array of booleans, is true."""
+    return compress(filter(None, read_stories(paths, chunk_size)), wanted)
 
 
 # ---- tokenizers that learn from the stories ----
@@ -248,20 +233,22 @@ def make_tokenizer(splits):
 
 def characters_of(splits):
     """The set of characters in all splits. Only what is not ASCII, or new, is looked at closely."""
-    found, known = set(), b""
-    for stories in (s for read in splits.values() for s in read()):
-        found |= set("".join(stories).encode().translate(None, known).decode())
-        known = "".join(c for c in found if c.isascii()).encode()
-    if "\3" in found:
+    characters, seen = set(), b""
+    for read_split in splits.values():
+        for story in read_split():
+            if new := story.encode().translate(None, seen):
+                characters |= set(new.decode())
+                seen = "".join(filter(str.isascii, characters)).encode()
+    if "\3" in characters:
         raise ValueError("the stories hold U+0003, which char keeps for end of text, remove it or "
                          "use --tokenizer=byte")
-    return found
+    return characters
 
 
-def count_pieces(batches):
+def count_pieces(stories):
     """{piece: how often it occurs in the first bpe_sample characters of the stories}."""
     counts, left = Counter(), bpe_sample
-    for story in (s for stories in batches for s in stories):
+    for story in stories:
         if left <= 0:
             break
         counts.update(re.findall(PIECES, story))
@@ -324,100 +311,101 @@ def merge(word, token):
 # remembers it, {name} repeats it; he, him and his follow the hero. No option of a rule begins with
 # another one, up to the first choice inside it, so a story can have been written in one way only
 # and its probability is the product of its choices'.
-GRAMMAR = {
-    "story": ["{:opening}{:hero}{He} was {:trait} and loved to {hobby:hobby}.\n"
-              "One {:weather} {:time}, {name} took {his} {colour:colour} {thing:thing} to the "
-              "{place:place}. {:sight}\n{:problem}\n{:thanks}{:evening}{:lesson}"],
+GRAMMAR = {rule: options.split("|") for rule, options in {
+    "story": "{:opening}{:hero}{He} was {:trait} and loved to {hobby:hobby}.\nOne {:weather} "
+        "{:time}, {name} took {his} {colour:colour} {thing:thing} to the {place:place}. "
+        "{:sight}\n{:problem}\n{:thanks}{:evening}{:lesson}",
 
-    "opening": ["Once upon a time, there lived ", "Long ago, there lived ",
-                "In a small village, there lived ", "Far away, by the sea, there lived ",
-                "At the edge of a forest, there lived ", "High on a green hill, there lived ",
-                "Beside a wide river, there lived ", "Not so long ago, there lived "],
-    "hero": ["a girl named {name:girl}. ", "a boy named {name:boy}. ",
-             "a little {:animal} named {name:pet}. "],
-    "girl": "Lily Mia Anna Sue Rosie Ella Nora Zoe Ruby Ivy Clara Jane".split(),
-    "boy": "Tom Ben Max Sam Leo Jack Finn Oscar Noah Hugo Pete Will".split(),
-    "pet": "Pip Coco Bramble Dot Moss Hazel Nutmeg Biscuit Fern Toffee Button Acorn".split(),
-    "animal": "fox rabbit bear duck mouse frog hedgehog squirrel kitten puppy goose lamb".split(),
-    "trait": "kind brave shy curious clever cheerful quiet gentle funny careful proud busy".split(),
-    "hobby": ["sing", "climb", "paint", "dance", "explore", "build towers", "tell jokes", "bake",
-              "collect shells", "look at the stars", "listen to music", "jump in puddles"],
-    "weather": "sunny windy rainy cold warm cloudy foggy bright quiet frosty".split(),
-    "time": "morning afternoon day evening".split(),
-    "colour": "red blue green yellow purple silver golden pink white brown".split(),
-    "thing": "ball kite hat boat drum cup doll bell lamp scarf wagon flute mirror ring".split(),
-    "place": "park forest beach market river farm hill bridge garden meadow lake castle".split(),
+    "opening": "Once upon a time, there lived |Long ago, there lived |In a small village, "
+        "there lived |Far away, by the sea, there lived |At the edge of a forest, there "
+        "lived |High on a green hill, there lived |Beside a wide river, there lived |Not so "
+        "long ago, there lived ",
+    "hero": "a girl named {name:girl}. |a boy named {name:boy}. |a little {:animal} named "
+        "{name:pet}. ",
+    "girl": "Lily|Mia|Anna|Sue|Rosie|Ella|Nora|Zoe|Ruby|Ivy|Clara|Jane",
+    "boy": "Tom|Ben|Max|Sam|Leo|Jack|Finn|Oscar|Noah|Hugo|Pete|Will",
+    "pet": "Pip|Coco|Bramble|Dot|Moss|Hazel|Nutmeg|Biscuit|Fern|Toffee|Button|Acorn",
+    "animal": "fox|rabbit|bear|duck|mouse|frog|hedgehog|squirrel|kitten|puppy|goose|lamb",
+    "trait": "kind|brave|shy|curious|clever|cheerful|quiet|gentle|funny|careful|proud|busy",
+    "hobby": "sing|climb|paint|dance|explore|build towers|tell jokes|bake|collect shells|"
+        "look at the stars|listen to music|jump in puddles",
+    "weather": "sunny|windy|rainy|cold|warm|cloudy|foggy|bright|quiet|frosty",
+    "time": "morning|afternoon|day|evening",
+    "colour": "red|blue|green|yellow|purple|silver|golden|pink|white|brown",
+    "thing": "ball|kite|hat|boat|drum|cup|doll|bell|lamp|scarf|wagon|flute|mirror|ring",
+    "place": "park|forest|beach|market|river|farm|hill|bridge|garden|meadow|lake|castle",
 
-    "sight": ["There {he} saw {:number} {:creatures} {:doing}.",
-              "The {colour} {thing} looked {:look} there.",
-              "On the way {he} met {:somebody}, who {:greeting}.",
-              "It smelled of {:smell}, and {name} {:joy}."],
-    "number": "two three four five six seven".split(),
-    "creatures": "birds butterflies snails bees lizards crabs".split(),
-    "doing": ["playing", "resting", "hiding", "sleeping", "in a row", "under a leaf"],
-    "look": "lovely small strange new perfect wonderful".split(),
-    "somebody": ["a postman", "two sisters", "the king", "an uncle", "a singer", "a knight"],
-    "greeting": ["waved", "smiled", "said hello", "was in a hurry", "told a joke", "bowed"],
-    "smell": "flowers bread rain apples honey smoke".split(),
-    "joy": ["laughed", "danced about", "felt happy", "took a deep breath", "began to hum"],
+    "sight": "There {he} saw {:number} {:creatures} {:doing}.|"
+        "The {colour} {thing} looked {:look} there.|"
+        "On the way {he} met {:somebody}, who {:greeting}.|"
+        "It smelled of {:smell}, and {name} {:joy}.",
+    "number": "two|three|four|five|six|seven",
+    "creatures": "birds|butterflies|snails|bees|lizards|crabs",
+    "doing": "playing|resting|hiding|sleeping|in a row|under a leaf",
+    "look": "lovely|small|strange|new|perfect|wonderful",
+    "somebody": "a postman|two sisters|the king|an uncle|a singer|a knight",
+    "greeting": "waved|smiled|said hello|was in a hurry|told a joke|bowed",
+    "smell": "flowers|bread|rain|apples|honey|smoke",
+    "joy": "laughed|danced about|felt happy|took a deep breath|began to hum",
 
-    "problem": [
-        "Then the {colour} {thing} was gone! {name} looked {:near} and {:far} but could not find "
-        "it. {:helper}\"I saw it {:spot},\" said the {helper}. And there it was.",
-        "But the {colour} {thing} got stuck {:stuck}. {name} tried to {:try}, and it did not help. "
-        "{:helper}The {helper} {:reach} and got the {thing} down.",
-        "Oh no! {name} tripped over {:obstacle} and the {thing} broke. {He} {:cry}. {:helper}"
-        "The {helper} mended the {colour} {thing} with {:tool}.",
-        "Soon it grew dark, and {name} did not know the way home. {He} heard {:noise} and {:fear}. "
-        "{:helper}The {helper} {:guide} until they saw {:landmark}.",
-        "After a while {he} was hungry, but {he} had only {:snack}. {:helper}The {helper} had "
-        "{:food}, and {name} gave the {helper} a turn with the {colour} {thing}.",
-        "Suddenly {:storm}. {name} hid {:shelter} and held the {thing} tight. {:helper}\"{:comfort}"
-        ",\" said the {helper}, and soon it was over.",
-        "A {:mood} child sat there alone and {:wish}. {name} thought of the {thing}. {:helper}"
-        "\"Give and you will be {:reward},\" said the {helper}. So {he} gave it away."],
-    "helper": ["An old {helper:job} came along. ", "Just then a {helper:job} came by. ",
-               "Luckily, a {helper:job} heard {him}. "],
-    "job": "turtle crow goat dog horse cat farmer baker sailor gardener hunter miller".split(),
-    "near": ["under the bench", "behind a bush", "in the grass", "beside the path"],
-    "far": ["up the road", "down by the well", "at the gate", "near the wall"],
-    "spot": ["in the pond", "on the roof", "inside a hollow log", "under your feet",
-             "by the fence"],
-    "stuck": ["in a tall tree", "on the roof", "between two rocks", "over a door", "at the top"],
-    "try": ["climb up", "shake it", "throw a stone", "push with a stick", "blow very hard"],
-    "reach": ["fetched a ladder", "jumped high", "used a long rope", "called a friend"],
-    "obstacle": ["a root", "the step", "a loose brick", "some stones", "an empty box"],
-    "cry": ["cried", "sat down and sighed", "did not know what to do", "felt very sorry"],
-    "tool": ["glue", "a piece of string", "two nails", "some tape", "needle and thread"],
-    "noise": ["an owl", "the wind", "footsteps", "a howl", "something in the leaves"],
-    "fear": ["shivered", "wanted to cry", "held the {thing} tight", "stood very still"],
-    "guide": ["lit a lantern", "led the way", "walked ahead", "took {his} hand"],
-    "landmark": ["the village", "the old mill", "a lit window", "the church"],
-    "snack": ["a dry crust", "one nut", "some water", "half a carrot"],
-    "food": ["warm soup", "a big cake", "berries", "cheese and bread", "plenty of plums"],
-    "storm": ["it began to rain", "thunder rolled", "a cold wind blew", "snow fell"],
-    "shelter": ["in a cave", "under a cart", "below the stairs", "behind a wall"],
-    "comfort": ["Do not be afraid", "Stay close to me", "Clouds always pass", "Let us sing"],
-    "mood": "sad lonely poor tired".split(),
-    "wish": ["wished for a friend", "had nothing to play with", "looked at the ground"],
-    "reward": "happy rich in friends|loved|glad|proud of it".split("|"),
+    "problem": "Then the {colour} {thing} was gone! {name} looked {:near} and {:far} but "
+        'could not find it. {:helper}"I saw it {:spot}," said the {helper}. And there it '
+        "was.|"
+        "But the {colour} {thing} got stuck {:stuck}. {name} tried to {:try}, and it did not "
+        "help. {:helper}The {helper} {:reach} and got the {thing} down.|"
+        "Oh no! {name} tripped over {:obstacle} and the {thing} broke. {He} {:cry}. "
+        "{:helper}The {helper} mended the {colour} {thing} with {:tool}.|"
+        "Soon it grew dark, and {name} did not know the way home. {He} heard {:noise} and "
+        "{:fear}. {:helper}The {helper} {:guide} until they saw {:landmark}.|"
+        "After a while {he} was hungry, but {he} had only {:snack}. {:helper}The {helper} "
+        "had {:food}, and {name} gave the {helper} a turn with the {colour} {thing}.|"
+        "Suddenly {:storm}. {name} hid {:shelter} and held the {thing} tight. "
+        '{:helper}"{:comfort}," said the {helper}, and soon it was over.|'
+        "A {:mood} child sat there alone and {:wish}. {name} thought of the {thing}. "
+        '{:helper}"Give and you will be {:reward}," said the {helper}. So {he} gave it away.',
+    "helper": "An old {helper:job} came along. |Just then a {helper:job} came by. |Luckily, "
+        "a {helper:job} heard {him}. ",
+    "job": "turtle|crow|goat|dog|horse|cat|farmer|baker|sailor|gardener|hunter|miller",
+    "near": "under the bench|behind a bush|in the grass|beside the path",
+    "far": "up the road|down by the well|at the gate|near the wall",
+    "spot": "in the pond|on the roof|inside a hollow log|under your feet|by the fence",
+    "stuck": "in a tall tree|on the roof|between two rocks|over a door|at the top",
+    "try": "climb up|shake it|throw a stone|push with a stick|blow very hard",
+    "reach": "fetched a ladder|jumped high|used a long rope|called a friend",
+    "obstacle": "a root|the step|a loose brick|some stones|an empty box",
+    "cry": "cried|sat down and sighed|did not know what to do|felt very sorry",
+    "tool": "glue|a piece of string|two nails|some tape|needle and thread",
+    "noise": "an owl|the wind|footsteps|a howl|something in the leaves",
+    "fear": "shivered|wanted to cry|held the {thing} tight|stood very still",
+    "guide": "lit a lantern|led the way|walked ahead|took {his} hand",
+    "landmark": "the village|the old mill|a lit window|the church",
+    "snack": "a dry crust|one nut|some water|half a carrot",
+    "food": "warm soup|a big cake|berries|cheese and bread|plenty of plums",
+    "storm": "it began to rain|thunder rolled|a cold wind blew|snow fell",
+    "shelter": "in a cave|under a cart|below the stairs|behind a wall",
+    "comfort": "Do not be afraid|Stay close to me|Clouds always pass|Let us sing",
+    "mood": "sad|lonely|poor|tired",
+    "wish": "wished for a friend|had nothing to play with|looked at the ground",
+    "reward": "happy rich in friends|loved|glad|proud of it",
 
-    "thanks": ["Gladly {name} thanked the {helper} {:thankful}. ",
-               "\"Thank you, {:praise} {helper}!\" said {name}. ", "The {helper} only smiled. "],
-    "thankful": ["with a hug", "again and again", "and bowed", "politely"],
-    "praise": "dear good kind clever".split(),
-    "evening": ["That night {name} {:night}. ", "At home {he} {:home}. ",
-                "In the evening {he} wanted to {hobby}, and so {he} did. "],
-    "night": ["slept very well", "dreamed of the {place}", "told the moon about it",
-              "was too happy to sleep"],
-    "home": ["ate a big supper", "told everything", "put the {colour} things away",
-             "fell asleep at once"],
-    "lesson": ["And {name} never went to the {place} alone again.",
-               "From that day on, {he} {:habit}.",
-               "The {helper} and {name} stayed friends for ever."],
-    "habit": ["was always careful", "helped everyone", "shared everything", "was never afraid",
-              "looked twice"],
-}
+    "thanks": "Gladly {name} thanked the {helper} {:thankful}. |"
+        '"Thank you, {:praise} {helper}!" said {name}. |'
+        "The {helper} only smiled. ",
+    "thankful": "with a hug|again and again|and bowed|politely",
+    "praise": "dear|good|kind|clever",
+    "evening": "That night {name} {:night}. |"
+        "At home {he} {:home}. |"
+        "In the evening {he} wanted to {hobby}, and so {he} did. ",
+    "night": "slept very well|dreamed of the {place}|told the moon about it|was too happy to "
+        "sleep",
+    "home": "ate a big supper|told everything|put the {colour} things away|fell asleep at "
+        "once",
+    "lesson": "And {name} never went to the {place} alone again.|"
+        "From that day on, {he} {:habit}.|"
+        "The {helper} and {name} stayed friends for ever.",
+    "habit": "was always careful|helped everyone|shared everything|was never afraid|looked "
+        "twice",
+}.items()}
 HEROES = {"girl": "she her her", "boy": "he him his", "pet": "it it its"}
 
 

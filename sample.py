@@ -6,18 +6,21 @@
     python sample.py --start="Once upon a time" --max_new_tokens=12 --attention=maps.png
 """
 
+import json
+import math
 import sys
 import time
 import warnings
-from functools import partial
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from config import configure, stop, stop_on_error
-from model import (EOT, AttentionMaps, atomic_write, check_source, compiled, encode_prompt,
-                   evaluating, load_checkpoint, load_pretrained, pick_device, write_pretrained)
+from config import at_least, configure, one_of, require, stop_on_error
+from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, PIECES, TRANSPOSED, BPETokenizer, KVCache,
+                   atomic_write, compiled, encode_prompt, load_checkpoint, next_logits,
+                   pick_device, stream)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
@@ -31,18 +34,18 @@ compile = "auto"         # auto (on CUDA), true or false: torch.compile, which b
 # Text
 start = ""               # or FILE:prompt.txt; empty: as the run's samples; the context sees its end
 interactive = False      # read prompt after prompt from the terminal
-num_samples = 1          # drawn side by side, as one batch; one alone is printed as it comes
+num_samples = 1          # written side by side, as one batch; one alone is printed as it comes
 max_new_tokens = 500     # at most: the end of a text ends a sample, too
 stop_at = ""             # a string that ends a sample, and is left out
-seed = 1337              # the same seed and settings, the same text; sample n draws by seed + n
-# How the next token is drawn, in this order
+seed = 1337              # the same seed and settings, the same text; sample n has seed + n
+# How the next token is sampled, in this order
 repetition_penalty = 1.0  # above 1 makes tokens that stand in the text already less likely
 temperature = 0.8        # 0: always the likeliest token; 1: as the model learned it; above: wilder
-top_k = 0                # draw among this many likeliest tokens; 0, or the vocabulary: among all
+top_k = 0                # sample among this many likeliest tokens; 0, or the vocabulary: among all
 top_p = 1.0              # among the fewest whose probabilities add up to this; 1: among all
 min_p = 0.0              # among those with this share of the likeliest one's probability; 0: all
-# Beam search, without draws and with none of the above
-num_beams = 1            # texts kept side by side; 1: draw
+# Beam search, without chance and with none of the above
+num_beams = 1            # texts kept side by side; 1: sample
 length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
 # Pictures
 attention = ""           # a .png, .svg or .pdf to draw: what each token of the text attends to
@@ -52,86 +55,83 @@ settings = configure(globals())
 def main():
     check_settings()
     with stop_on_error(2):
-        target = pick_device(device)
-    path, saved = init_from, {}
+        device = pick_device(settings["device"])
     with stop_on_error():
+        source = init_from
         if init_from == "resume":
-            path = Path(out_dir or newest_run()) / checkpoint
-            saved = load_checkpoint(path, target)
-            model, tokenizer = saved["model"], saved["tokenizer"]
-        else:
-            model, tokenizer = load_pretrained(init_from, cache_dir)
+            source = Path(out_dir or newest_run(), checkpoint)
+        saved = load_checkpoint(source, device, cache_dir)
+        model, tokenizer = saved["model"], saved["tokenizer"]
         if export:
             write_pretrained(model, tokenizer, Path(export))
-            return print(f"{path} as {export}, for AutoModelForCausalLM.from_pretrained")
-    model.to(target, pick_dtype(model, target))
-    model.step = compiled(model.step, compile.lower(), target, partial(trial, model), dynamic=True)
+            return print(f"{source} as {export}, for AutoModelForCausalLM.from_pretrained")
+    model.to(pick_dtype(model, device))
+    read_token = compile_reading(model, device)
     if interactive:
-        print(f"{path}, an empty line or Ctrl-D ends", file=sys.stderr)
+        print(f"{source}, an empty line or Ctrl-D ends", file=sys.stderr)
         for line in prompts():
             try:
-                idx = encode_prompt(tokenizer, line).to(target)
+                ids = encode_prompt(tokenizer, line).to(device)
             except (ValueError, OSError) as error:  # of this prompt alone
                 print(error, file=sys.stderr)
                 continue
-            write(model, tokenizer, idx)
+            write(model, tokenizer, ids, read_token)
         return
     with stop_on_error(2):
-        begin = start or saved.get("settings", {}).get("start", "")
-        idx = encode_prompt(tokenizer, begin).to(target)
-    print(f"{path}:", file=sys.stderr)
-    ids = write(model, tokenizer, idx)
+        prompt = start or saved.get("settings", {}).get("start", "")
+        ids = encode_prompt(tokenizer, prompt).to(device)
+    print(f"{source}:", file=sys.stderr)
+    ids = write(model, tokenizer, ids, read_token)
     if attention:
-        draw_attention(model, tokenizer, ids, f"{path}: attention of each token (down) to those up "
-                                              f"to it (across)")
+        plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to those "
+                                              f"up to it (across)")
 
 
 def check_settings():
-    with stop_on_error(2):
-        check_source(init_from, "resume")
-    for name in ("temperature", "top_k", "max_new_tokens", "seed"):
-        if settings[name] < 0:
-            stop(f"--{name} must not be negative, not {settings[name]}", 2)
-    for name in ("num_samples", "num_beams"):
-        if settings[name] < 1:
-            stop(f"--{name} must be at least 1, not {settings[name]}", 2)
-    if not 0 < top_p <= 1:
-        stop(f"--top_p must be above 0 and at most 1, which keeps all, not {top_p}", 2)
-    if not 0 <= min_p < 1:
-        stop(f"--min_p must be from 0, which keeps all, to below 1, not {min_p}", 2)
-    if seed >= 2 ** 63:
-        stop("--seed must be below 2 ** 63", 2)
-    if repetition_penalty <= 0:
-        stop(f"--repetition_penalty must be above 0, not {repetition_penalty}; 1 is none", 2)
-    if num_beams > 1 and num_samples > 1:
-        stop("--num_beams finds one text, leave --num_samples at 1", 2)
-    if attention and (interactive or export or num_samples > 1):
-        stop("--attention draws one text, without --interactive, --export and --num_samples", 2)
-    if attention and not attention.endswith((".png", ".svg", ".pdf")):
-        stop(f"--attention must be a file like maps.png, .svg or .pdf, not {attention!r}", 2)
-    if attention and not find_spec("matplotlib"):
-        stop("--attention needs the package matplotlib: pip install matplotlib", 2)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        stop(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}", 2)
-    if compile.lower() not in ("auto", "true", "false"):
-        stop(f"--compile must be auto, true or false, not {compile!r}", 2)
+    at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
+    at_least(1, settings, "num_samples", "num_beams")
+    one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16")
+    one_of(settings, "compile", "auto", "true", "false", "True", "False")
+    require(0 < top_p <= 1, f"--top_p must be above 0 and at most 1, which keeps all, not {top_p}")
+    require(0 <= min_p < 1, f"--min_p must be from 0, which keeps all, to below 1, not {min_p}")
+    require(seed < 2 ** 63, "--seed must be below 2 ** 63")
+    require(repetition_penalty > 0, "--repetition_penalty must be above 0; 1 is none")
+    require(num_beams == 1 or num_samples == 1, "--num_beams finds one text, leave --num_samples at 1")
+    if attention:
+        require(not interactive and not export and num_samples == 1,
+                "--attention shows one text, without --interactive, --export and --num_samples")
+        require(attention.endswith((".png", ".svg", ".pdf")),
+                f"--attention must be a file like maps.png, .svg or .pdf, not {attention!r}")
+        require(find_spec("matplotlib"), "--attention needs matplotlib: pip install matplotlib")
 
 
-def pick_dtype(model, target):
-    """What the weights are read in, which takes most of the time: half as many bytes, where the
+def newest_run():
+    """The folder of the best.pt written last."""
+    found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    require(found, "no best.pt under out/ yet, train a model first or give its --out_dir", 1)
+    return found[-1].parent
+
+
+def pick_dtype(model, device):
+    """The type of the weights, whose reading takes most of the time: half as many bytes where the
     model is large enough to gain and the machine multiplies bfloat16. float16 is for CUDA, as in
     train.py, whose configs ask for it: elsewhere it means auto."""
-    if dtype != "auto" and (dtype != "float16" or target.type == "cuda"):
+    if dtype != "auto" and (dtype != "float16" or device.type == "cuda"):
         return getattr(torch, dtype)
-    fast = (torch.cuda.is_bf16_supported(False) if target.type == "cuda" else
-            target.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() or (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(False))
     return torch.bfloat16 if fast and model.num_params() > 10e6 else torch.float32
 
 
-def trial(model, step):
-    """Writes two tokens to as many rows as will be written, the second one by step."""
-    model.step, rows = step, max(num_samples, num_beams)
-    model.generate(torch.zeros(rows, 2, dtype=torch.long, device=model.wte.weight.device), 2)
+def compile_reading(model, device):
+    """model.hidden compiled, to read one token after another, or None."""
+    def build():  # and write two tokens to as many rows as will be, the second one by hidden
+        hidden = torch.compile(model.hidden, dynamic=True)
+        ids = torch.zeros(max(num_samples, num_beams), 2, dtype=torch.long, device=device)
+        list(stream(model, ids, 2, read_token=hidden))
+        return hidden
+
+    return compiled(compile.lower(), device, build)
 
 
 def prompts():
@@ -144,48 +144,64 @@ def prompts():
         yield line
 
 
-def write(model, tokenizer, idx):
-    """Prints idx, (1, T), and what follows it, num_samples times. Returns the ids of the first."""
-    prompt = tokenizer.decode(idx[0].tolist()).removeprefix(EOT)
-    limits = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size}
+# ---- writing ----
+
+def write(model, tokenizer, ids, read_token=None):
+    """Prints ids (1, T) and what follows them, num_samples times. Returns the ids of the first."""
+    prompt = tokenizer.decode(ids[0].tolist()).removeprefix(EOT)
+    limits = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size, "read_token": read_token}
     if num_beams > 1:
-        out = model.beam_search(idx, max_new_tokens, num_beams, length_penalty, **limits)
-        print(prompt + ended(tokenizer.decode(out[0, idx.shape[1]:].tolist()))[0])
+        out = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, **limits)
+        text, _ = before_end(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
+        print(prompt + text)
         return out[0].tolist()
     generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
-    stream = model.stream(idx.repeat(num_samples, 1), max_new_tokens, generators, **limits,
-                          repetition_penalty=repetition_penalty, temperature=temperature,
-                          top_k=top_k, top_p=top_p, min_p=min_p)
-    rows, texts, printed = [[] for _ in generators], [""] * num_samples, 0
+    new = stream(model, ids.repeat(num_samples, 1), max_new_tokens, generators, **limits,
+                 repetition_penalty=repetition_penalty, temperature=temperature,
+                 top_k=top_k, top_p=top_p, min_p=min_p)
     began = time.perf_counter()
-    if num_samples == 1:
-        print(prompt, end="", flush=True)
-    for ids in stream:
+    rows = (print_one if num_samples == 1 else print_many)(new, tokenizer, prompt)
+    tokens, seconds = sum(map(len, rows)), time.perf_counter() - began
+    print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
+    return ids[0].tolist() + rows[0]
+
+
+def print_one(new, tokenizer, prompt):
+    """Prints a text as it comes, from an iterator of (1, 1) ids. Returns [its ids]."""
+    row, shown, text = [], 0, ""
+    print(prompt, end="", flush=True)
+    for ids in new:
+        row.append(ids.item())
+        text, done = before_end(tokenizer.decode(row))
+        settled = without_doubt(text)
+        print(settled[shown:], end="", flush=True)
+        shown = max(shown, len(settled))
+        if done:
+            break
+    print(text[shown:])
+    return [row]
+
+
+def print_many(new, tokenizer, prompt):
+    """Prints texts once all have ended, from an iterator of (B, 1) ids. Returns the ids of each."""
+    rows, texts = [[] for _ in range(num_samples)], [""] * num_samples
+    for ids in new:
         for row, token in zip(rows, ids[:, 0].tolist()):
             row.append(token)
-        texts, done = zip(*(ended(tokenizer.decode(row)) for row in rows))
-        if num_samples == 1:
-            shown = settled(texts[0])
-            print(shown[printed:], end="", flush=True)
-            printed = max(printed, len(shown))
+        texts, done = zip(*(before_end(tokenizer.decode(row)) for row in rows))
         if all(done):
             break
-    if num_samples == 1:
-        print(texts[0][printed:])
-    else:
-        print("\n----\n".join(prompt + text for text in texts))
-    tokens, took = sum(map(len, rows)), time.perf_counter() - began
-    print(f"{tokens:,} tokens in {took:.1f} s: {tokens / took:,.1f} tokens/s", file=sys.stderr)
-    return idx[0].tolist() + rows[0]
+    print("\n----\n".join(prompt + text for text in texts))
+    return rows
 
 
-def ended(text):
-    """(text before its end, whether it has ended): at the end of a text or at stop_at."""
+def before_end(text):
+    """(text up to its end, whether it has ended): at the end of a text or at stop_at."""
     ends = [text.find(mark) for mark in (EOT, stop_at) if mark and mark in text]
     return text[:min(ends, default=None)], bool(ends)
 
 
-def settled(text):
+def without_doubt(text):
     """The part of a growing text that can be shown: without a character whose bytes have not all
     come, and without what may become stop_at."""
     text = text.rstrip("\ufffd")
@@ -195,25 +211,62 @@ def settled(text):
     return text
 
 
-def draw_attention(model, tokenizer, ids, title):
+@torch.no_grad()
+def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=None,
+                vocab_size=None, read_token=None):
+    """(1, T) ids and what follows them with the largest log-probability divided by its length to
+    the power of length_penalty, among what num_beams partial texts at a time lead to."""
+    cache = KVCache(model.config, num_beams, model.wte.weight)
+    rows = ids.repeat(num_beams, 1)
+    scores = torch.full((num_beams, 1), -math.inf, device=ids.device)
+    scores[0] = 0.0  # all rows are the same yet
+    finished = []    # (score, row), the best num_beams
+    for length in range(1, max_new_tokens + 1):
+        # The best ways to go on from any row by any token: twice as many, as half may end.
+        logits = next_logits(model, rows, cache, read_token)[:, :vocab_size]
+        totals = scores + logits.log_softmax(dim=-1)                             # (beams, V)
+        best, places = totals.flatten().topk(min(2 * num_beams, totals.numel()))
+        source, token = places // totals.shape[1], places % totals.shape[1]
+        rows = torch.cat((rows[source], token[:, None]), dim=1)
+        ended = token == (-1 if eot is None else eot)
+        if length == max_new_tokens:
+            ended[:] = True
+
+        finished += [(best[i].item() / length ** length_penalty, rows[i])
+                     for i in range(min(num_beams, len(best))) if ended[i]]
+        finished = sorted(finished, key=lambda pair: -pair[0])[:num_beams]
+        alive = (~ended).nonzero()[:num_beams, 0]
+        if len(alive) < num_beams or (len(finished) == num_beams and finished[-1][0] >=
+                                      best[alive[0]].item() / length ** length_penalty):
+            break  # no text that goes on can beat those that have ended
+        rows, scores = rows[alive], best[alive, None]
+        for kv in cache.layers:  # each row goes on from what its source has read
+            kv[:, :, :, :cache.length] = kv[:, source[alive], :, :cache.length]
+    return finished[0][1][None] if finished else ids
+
+
+# ---- pictures ----
+
+def plot_attention(model, tokenizer, ids, title):
     """Draws the weights of each layer (down) and head (across) on the last block_size of ids, with
     the tokens beside them where there is room. They are computed in float32."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
-    ids, maps = ids[-model.config.block_size:], AttentionMaps()
-    with evaluating(model), torch.inference_mode():
-        model.float().hidden(torch.tensor([ids], device=model.wte.weight.device), maps)
-    layers, heads, T = len(maps.layers), model.config.n_head, len(ids)
+    ids, maps = ids[-model.config.block_size:], []
+    with torch.inference_mode():
+        model.float().hidden(torch.tensor([ids], device=model.wte.weight.device), maps=maps)
+    layers, heads, T = len(maps), model.config.n_head, len(ids)
     side = min(3.0, 7 / heads)  # of a map, inches
     figure = Figure(figsize=(8, 1.8 + side * layers), dpi=100, layout="compressed")
     grid = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
     for layer, row in enumerate(grid):
+        row[0].set_ylabel(f"layer {layer}", fontsize=8)
         for head, axes in enumerate(row):
-            image = axes.imshow(maps.layers[layer][0, head].numpy(force=True), cmap="Blues",
+            image = axes.imshow(maps[layer][0, head].numpy(force=True), cmap="Blues",
                                 norm=PowerNorm(0.5, 0, 1))  # the root, which shows small ones, too
-            axes.set_title(f"head {head}" if layer == 0 else "", fontsize=8)
-            axes.set_ylabel(f"layer {layer}" if head == 0 else "", fontsize=8)
             axes.tick_params(labelsize=7)
+    for head, axes in enumerate(grid[0]):
+        axes.set_title(f"head {head}", fontsize=8)
     if T <= 10 * side:  # a line of the smallest letters that can be read takes a tenth of an inch
         labels = [tokenizer.decode([i])[:12].replace("\n", "\\n").replace(" ", "·")
                   .replace("$", "\\$") for i in ids]
@@ -223,17 +276,100 @@ def draw_attention(model, tokenizer, ids, title):
     figure.colorbar(image, ax=grid, label="attention weight", location="bottom",
                     shrink=0.5, aspect=40)
     figure.suptitle(title, fontsize=10)
-    with (stop_on_error(), warnings.catch_warnings(), atomic_write(Path(attention)) as file):
+    with stop_on_error(), warnings.catch_warnings(), atomic_write(attention) as file:
         warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks
         figure.savefig(file, format=attention[-3:])
 
 
-def newest_run():
-    """The folder of the best.pt written last."""
-    found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        stop("no best.pt under out/ yet, train a model first or give its --out_dir")
-    return found[-1].parent
+# ---- export, as transformers keeps a GPT-2 ----
+
+def write_pretrained(model, tokenizer, folder):
+    """Writes config.json, model.safetensors and, of byte-pair tokens, tokenizer.json, as
+    transformers' AutoModelForCausalLM and AutoTokenizer load them. A bias that the model lacks is
+    written as zeros. Raises ValueError for what a GPT2Config cannot say."""
+    c = model.config
+    if c.norm != "pre" or c.positions != "learned":
+        raise ValueError("transformers' GPT-2 has neither norm=post nor positions=sinusoidal")
+    with torch.device("meta"):
+        expected = GPT(replace(c, bias=True, qkv_bias=True)).state_dict()
+    ours, weights = model.state_dict(), {}
+    for name, shape in ((name, w.shape) for name, w in expected.items()):
+        w = ours[name].float().cpu() if name in ours else torch.zeros(shape)
+        weights[f"transformer.{name}"] = w.T if name.endswith(TRANSPOSED) else w
+    head = weights.pop("transformer.lm_head.weight")
+    if not c.tied:
+        weights["lm_head.weight"] = head
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", weights, tokenizer.spec)
+    files = {"config.json": ASSUMED | {
+        "architectures": ["GPT2LMHeadModel"], "activation_function": ACTIVATION_NAMES[c.activation],
+        "n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer,
+        "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner or None,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+        "tie_word_embeddings": c.tied, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}}
+    if isinstance(tokenizer, BPETokenizer):
+        files["tokenizer.json"] = tokenizer_json(tokenizer)
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size,
+            "bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False}
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def write_safetensors(path, weights, spec):
+    """Writes {name: tensor} as float32, in the order of their names, and a tokenizer's spec."""
+    header, end = {"__metadata__": {"format": "pt", "tokenizer": json.dumps(spec)}}, 0
+    for name, w in sorted(weights.items()):
+        header[name] = {"dtype": "F32", "shape": list(w.shape),
+                        "data_offsets": [end, end + 4 * w.numel()]}
+        end += 4 * w.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, w in sorted(weights.items()):
+            file.write(w.contiguous().numpy().data)
+
+
+def tokenizer_json(tokenizer):
+    """A byte-pair tokenizer as Hugging Face's tokenizers keep one: bytes as printable characters,
+    and the pairs that are merged, where tiktoken has ranks."""
+    ranks = tokenizer.encoding._mergeable_ranks
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+    def letters_of(token):
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # by the pairs that came before it, it is down to its own pair
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([letters_of(part) for part in parts])
+    gpt2 = tokenizer.spec["kind"] == "gpt2"
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps = [bytes_only | {"use_regex": gpt2}]
+    if not gpt2:
+        steps.insert(0, {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated",
+                         "invert": False})
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "added_tokens": [{"id": tokenizer.eot, "content": EOT, "single_word": False,
+                              "lstrip": False, "rstrip": False, "normalized": False,
+                              "special": True}],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "post_processor": None, "decoder": bytes_only | {"use_regex": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": {letters_of(token): rank for token, rank in ranks.items()}
+                      | {EOT: tokenizer.eot}, "merges": merges}}
 
 
 if __name__ == "__main__":

@@ -11,29 +11,104 @@ A script declares its settings as plain lines and ends them with one call:
 
 import ast
 import difflib
-import io
 import math
 import os
 import re
 import runpy
+import signal
 import sys
-import tokenize
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
 
 class Setting(NamedTuple):
+    """A line `name = value  # help` of a script, below a comment line, its section."""
     value: object  # bool, int, float or str: an override keeps this type
-    help: str      # the comment on its line
-    section: str   # the comment line above its group
+    help: str
+    section: str
 
+
+def declared_settings(path):
+    """{name: Setting} of a script: every `name = literal` above its call of configure. A file that
+    never calls it declares none."""
+    lines, end, _ = Path(path).read_text("utf-8", "replace").partition("configure(globals())")
+    settings, section = {}, "Settings"
+    for line in lines.splitlines() if end else ():
+        if line.startswith("# "):
+            section = line[2:]
+        if match := re.match(r"(\w+) = (.+?)(?:\s{2,}# (.*))?$", line):
+            name, text, comment = match.groups("")
+            try:
+                value = ast.literal_eval(text)
+            except (SyntaxError, ValueError):
+                continue  # computed, so a helper's and not a setting
+            settings[name] = Setting(value, comment, section)
+    return settings
+
+
+def configure(namespace):
+    """Overrides the settings of the calling script from sys.argv and returns {name: value}.
+    Only a script that is run reads sys.argv: imported, it keeps its defaults."""
+    script = Path(namespace["__file__"])
+    declared = declared_settings(script)
+    values = {name: setting.value for name, setting in declared.items()}
+    if namespace["__name__"] != "__main__":
+        return values
+    sys.excepthook = _report
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
+    anywhere = dict(declared)  # of any script: a config file may name them all
+    if any(not argument.startswith("-") for argument in sys.argv[1:]):
+        for path in script.parent.glob("*.py"):
+            anywhere = declared_settings(path) | anywhere
+    for argument in sys.argv[1:]:
+        if argument.startswith("--") and "=" in argument:
+            name, _, text = argument[2:].partition("=")
+            _require_known(name, declared, "--", f"of {script.name}")
+            values[name] = _typed(f"--{name}", text, declared[name].value, parse=True)
+        elif not argument.startswith("-"):
+            for name, value in _run_config(argument, script.parent).items():
+                _require_known(name, anywhere, f"{argument}: ", "of any script")
+                value = _typed(f"{argument}: {name}", value, anywhere[name].value)
+                if name in declared:
+                    values[name] = value
+        elif argument not in ("--help", "-h"):
+            stop(f"{argument} is not understood, settings are written --name=value", 2)
+    if {"--help", "-h"} & set(sys.argv):
+        print(_help(namespace["__doc__"], declared, values))
+        sys.exit()
+    namespace.update(values)
+    return values
+
+
+# ---- what the scripts say to their user ----
 
 def stop(sentence, status=1):
     """Ends the program with one sentence on stderr; status 2 says that a setting was wrong."""
     print(" ".join(sentence.split())[:900], file=sys.stderr)  # it may quote anything
     sys.exit(status)
+
+
+def require(condition, sentence, status=2):
+    """Ends the program with a sentence that names the remedy, unless the condition holds."""
+    if not condition:
+        stop(sentence, status)
+
+
+def at_least(lowest, settings, *names):
+    """Ends the program at the first of these settings that is lower."""
+    for name in names:
+        require(settings[name] >= lowest,
+                f"--{name} must be at least {lowest}, not {settings[name]}")
+
+
+def one_of(settings, name, *choices):
+    """Ends the program where a setting is none of the choices."""
+    require(settings[name] in choices, f"--{name} must be {', '.join(choices[:-1])} or "
+            f"{choices[-1]}, not {settings[name]!r}")
 
 
 @contextmanager
@@ -45,72 +120,17 @@ def stop_on_error(status=1):
         stop(str(error), status)
 
 
-def declared_settings(path):
-    """{name: Setting} of a script: every `name = literal` above its call of configure, as written.
-    A file that never calls configure, or is no Python, declares none."""
-    source = Path(path).read_bytes()
-    try:
-        nodes = ast.parse(source).body
-    except (SyntaxError, ValueError):
-        return {}
-    end = next((i for i, node in enumerate(nodes) if _calls_configure(node)), 0)
-    above = b"".join(source.splitlines(keepends=True)[:nodes[end].lineno - 1] if end else [])
-    helps, headings = {}, {}
-    for token in tokenize.tokenize(io.BytesIO(above).readline):
-        if token.type == tokenize.COMMENT:
-            alone = not token.line[:token.start[1]].strip()
-            (headings if alone else helps)[token.start[0]] = token.string.lstrip("# ")
-    settings = {}
-    for node in nodes[:end]:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                value = ast.literal_eval(node.value)
-            except ValueError:
-                continue  # computed, so a helper's and not a setting
-            if isinstance(value, (bool, int, float, str)):
-                section = max((line for line in headings if line < node.lineno), default=0)
-                settings[node.targets[0].id] = Setting(
-                    value, helps.get(node.end_lineno, ""), headings.get(section, "Settings"))
-    return settings
+def catch_signals():
+    """A list that the first SIGINT or SIGTERM is appended to; a second one kills."""
+    received = []
 
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-def _calls_configure(node):
-    call = getattr(node, "value", None)
-    return isinstance(call, ast.Call) and getattr(call.func, "id", "") == "configure"
-
-
-def configure(namespace):
-    """Overrides the settings of the calling script from sys.argv and returns {name: value}.
-    Only a script that is run reads sys.argv: imported, it keeps its defaults."""
-    script = Path(namespace["__file__"])
-    own = declared_settings(script)
-    values = {name: setting.value for name, setting in own.items()}
-    if namespace["__name__"] != "__main__":
-        return values
-    sys.excepthook = _report
-    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
-    known = own  # to any script: a config file may name them all
-    if any(not argument.startswith("-") for argument in sys.argv[1:]):
-        for path in script.parent.glob("*.py"):
-            known = declared_settings(path) | known
-    for argument in sys.argv[1:]:
-        if argument.startswith("--") and "=" in argument:
-            name, _, text = argument[2:].partition("=")
-            _require_known(name, own, "--", f"of {script.name}")
-            values[name] = _typed(f"--{name}", text, own[name].value, parse=True)
-        elif not argument.startswith("-"):
-            for name, value in _run_config(argument, script.parent).items():
-                _require_known(name, known, f"{argument}: ", "of any script")
-                value = _typed(f"{argument}: {name}", value, known[name].value)
-                if name in own:
-                    values[name] = value
-        elif argument not in ("--help", "-h"):
-            stop(f"{argument} is not understood, settings are written --name=value", 2)
-    if {"--help", "-h"} & set(sys.argv):
-        print(_help(namespace["__doc__"], own, values))
-        sys.exit()
-    namespace.update(values)
-    return values
+    for number in SIGNALS:
+        signal.signal(number, receive)
+    return received
 
 
 def config_file(default):
@@ -119,10 +139,12 @@ def config_file(default):
 
 
 def _report(kind, error, trace):
-    """Ctrl-C and a closed pipe, as by head, need no traceback, and too little memory a sentence;
-    anything else uncaught is a bug."""
-    if issubclass(kind, MemoryError) or re.search("out of memory|can't allocate", str(error)):
+    """Ctrl-C and a closed pipe, as by head, need no traceback, a full disk or too little memory a
+    sentence; anything else uncaught is a bug."""
+    if issubclass(kind, MemoryError) or re.search("of memory|can't allocate|overflowed", str(error)):
         print("out of memory, make the batch, the context or the model smaller", file=sys.stderr)
+    elif issubclass(kind, OSError) and kind is not BrokenPipeError:
+        print(f"{error}: make room, what was saved before is whole", file=sys.stderr)
     elif kind not in (KeyboardInterrupt, BrokenPipeError):
         sys.__excepthook__(kind, error, trace)
 
@@ -131,26 +153,26 @@ def _run_config(path, folder):
     """The names a config file assigns; the modules it imports and its _names are its own."""
     if not os.path.isfile(path):  # Path.is_file may raise where no file can have that name
         configs = [str(p.relative_to(folder)) for p in folder.glob("config/[!_]*.py")]
-        how = "settings are written --name=value" if "=" in path else _suggest(path, configs)
-        stop(f"{path}: no such config file{how and ', ' + how}", 2)
+        hint = _suggest(path, configs)
+        if "=" in path:
+            hint = ", settings are written --name=value"
+        stop(f"{path}: no such config file{hint}", 2)
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:  # a config is a program: whatever it raises is its own
-        reason = " ".join(str(error).split())
-        stop(f"{path} cannot be read as a config file: {type(error).__name__}: {reason}", 2)
+        stop(f"{path} cannot be read as a config file: {type(error).__name__}: {error}", 2)
     return {name: value for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, ModuleType)}
 
 
 def _require_known(name, known, prefix, whose):
-    if name not in known:
-        hint = _suggest(name, known) or "--help lists them"
-        stop(f"{prefix}{name} is not a setting {whose}, {hint}", 2)
+    hint = _suggest(name, known) or ", --help lists them"
+    require(name in known, f"{prefix}{name} is not a setting {whose}{hint}")
 
 
 def _suggest(name, candidates):
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
-    return f"did you mean {close[0]}?" if close else ""
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def _typed(label, value, default, parse=False):
@@ -164,15 +186,15 @@ def _typed(label, value, default, parse=False):
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise ValueError
     except (ValueError, KeyError, OverflowError):
-        stop(f"{label} must be {'an int' if kind is int else 'a ' + kind.__name__} "
-             f"like {default!r}, not {value!r}", 2)
+        article = "an" if kind is int else "a"
+        stop(f"{label} must be {article} {kind.__name__} like {default!r}, not {value!r}", 2)
     return value
 
 
-def _help(doc, own, values):
+def _help(doc, declared, values):
     """The script's docstring, then each section's settings with the values now in force."""
     lines, section = [doc.strip()], None
-    for name, setting in own.items():
+    for name, setting in declared.items():
         if setting.section != section:
             section = setting.section
             lines += ["", section]

@@ -58,7 +58,11 @@ def run(monkeypatch, capsys):
             runpy.run_path(str(REPO / script), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
+        except (OSError, RuntimeError) as error:  # as Python itself would
+            sys.excepthook(type(error), error, error.__traceback__)
+            status = 1
         finally:
+            torch.compiler.set_stance("default")
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return Result(status, *capsys.readouterr())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import one_sentence
 
-from model import GPT
+import model
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--start=FILE:empty.txt"], 2, ["--start is empty"]),
     (["--start=FILE:nope.txt"], 2, ["nope.txt: no such file"]),
     (["--start=FILE:latin.txt"], 2, ["latin.txt is not UTF-8 at byte 0"]),
-    (["--temperature=-1"], 2, ["--temperature must not be negative"]),
+    (["--temperature=-1"], 2, ["--temperature must be at least 0"]),
     (["--num_samples=0"], 2, ["--num_samples must be at least 1"]),
     (["--num_beams=0"], 2, ["--num_beams must be at least 1"]),
     (["--num_beams=2", "--num_samples=2"], 2, ["leave --num_samples at 1"]),
@@ -71,8 +71,8 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--repetition_penalty=0.0"], 2, ["--repetition_penalty must be above 0"]),
     ([f"--seed={2 ** 63}"], 2, ["--seed must be below"]),
     (["--dtype=int8"], 2, ["--dtype must be auto"]),
-    (["--compile=maybe"], 2, ["--compile must be auto, true or false"]),
-    (["--attention=x.png", "--num_samples=2"], 2, ["--attention draws one text, without"]),
+    (["--compile=maybe"], 2, ["--compile must be auto, true, false, True or False"]),
+    (["--attention=x.png", "--num_samples=2"], 2, ["--attention shows one text, without"]),
     (["--attention=x.txt"], 2, ["--attention must be a file like maps.png, .svg or .pdf"]),
     (["--out_dir=out/nope"], 1, ["out/nope/best.pt: no such checkpoint"]),
 ])
@@ -143,8 +143,8 @@ def test_what_is_shown_of_a_growing_text_is_never_taken_back(run, monkeypatch):
     text = "ab é 漢 E EN ENDE"
     raw, shown = text.encode(), ""
     for end in range(len(raw) + 1):
-        grown, done = script.ended(raw[:end].decode("utf-8", "replace"))
-        now = grown if done else script.settled(grown)
+        grown, done = script.before_end(raw[:end].decode("utf-8", "replace"))
+        now = grown if done else script.without_doubt(grown)
         assert now.startswith(shown) and text.startswith(now)
         shown = now
     assert shown == "ab é 漢 E EN "
@@ -187,8 +187,8 @@ def test_where_torch_compile_fails_the_text_comes_and_a_sentence_says_so(sample,
 
 def test_the_type_of_the_weights_is_a_choice_and_float16_is_for_gpus(sample, monkeypatch):
     kinds = []
-    stream = GPT.stream
-    monkeypatch.setattr(GPT, "stream", lambda model, *args, **options: kinds.append(
+    stream = model.stream
+    monkeypatch.setattr("model.stream", lambda model, *args, **options: kinds.append(
         model.wte.weight.dtype) or stream(model, *args, **options))
     for dtype in ("auto", "bfloat16", "float16"):
         assert sample(f"--dtype={dtype}").status == 0

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_each_token_is_a_target_once_an_epoch(small):
     phases = set()
     for epoch in range(3):
         phase, order = small.epoch_order(rows, epoch)
-        x, y = small.read_rows(rows, *rows.span(order.astype(int), phase), "cpu")
+        x, y = small.read_rows(rows, [rows.span(int(row), phase) for row in order], "cpu")
         targets = y.flatten().sort().values
         assert len(order) == rows.per_epoch and (targets.diff() == 1).all()
         assert torch.equal(x + 1, y) and len(rows.tokens) - len(targets) < 2 * 8
@@ -89,7 +90,7 @@ FLAT = np.array([9, 1, 2, 3, 9, 4, 9, *range(10, 22), 9, 5, 6, 9], dtype=np.uint
 def test_document_rows_are_the_documents_cut_or_padded(small):
     rows = small.Documents(FLAT, EOT)
     assert (rows.number, rows.per_epoch, rows.cut) == (4, 4, 1)
-    x, y = small.read_rows(rows, *rows.span(np.arange(4)), "cpu")
+    x, y = small.read_rows(rows, [rows.span(row) for row in range(4)], "cpu")
     assert y.tolist() == [[1, 2, 3, 9, -1, -1, -1, -1], [4, 9, -1, -1, -1, -1, -1, -1],
                           [*range(10, 18)], [5, 6, 9, -1, -1, -1, -1, -1]]
     assert x[:, 0].tolist() == [9, 9, 9, 9] and x.min() >= 0
@@ -208,7 +209,7 @@ def test_progress_is_for_terminals_only(small, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     small.evaluate(model, rows)
     err = capsys.readouterr().err
-    assert "\revaluating, batch 1 of 5" in err and err.endswith("\r" + " " * 79 + "\r")
+    assert "\revaluating, row 0 of 1,125" in err and err.endswith("\r" + " " * 79 + "\r")
 
 
 # ---- optimizers and schedule ----
@@ -245,7 +246,7 @@ def test_muon_is_torchs():
         for one in optimizers:
             one.step()
     for a, b, c in zip(ours[:3], theirs, start):
-        assert (a - b).abs().max() < 1e-3 and (a - c).abs().max() > 0.02
+        assert (a - b).abs().max() < 2e-3 and (a - c).abs().max() > 0.02  # bfloat16 inside
     assert torch.equal(ours[3], start[3])
 
 
@@ -333,10 +334,7 @@ def test_a_profile_is_a_trace_and_a_table(train):
     with gzip.open("out/tiny/trace.json.gz") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"]]
     assert sum(name.startswith("ProfilerStep#") for name in set(names)) == 3
-    table = result.out.partition("of a step; 3 of them: out/tiny/trace.json.gz")[2].splitlines()
-    shares = [float(line.split()[1][:-1]) for line in table[1:16]]
-    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.1
-    assert any(line.endswith("aten::addmm") for line in table)
+    assert "aten::addmm " in result.out and "3 steps, in out/tiny/trace.json.gz" in result.out
 
 
 def test_without_matplotlib_one_line_says_so(train, monkeypatch):
@@ -457,11 +455,9 @@ def test_every_option_trains(train, options):
 
 
 def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatch):
-    def broken(*_):
-        def forward(*_):
-            raise RuntimeError("no compiler")
-        return forward
-    monkeypatch.setattr("torch.compile", broken)
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=broken))
     result = train("--compile=true")
     assert result.status == 0 and "torch.compile does not work here" in result.err
 
@@ -470,17 +466,15 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
 
 @pytest.mark.parametrize("arguments, status, words", [
     (["--dataset=nope"], 1, ["data/nope: no such dataset", "prepare_shakespeare.py"]),
-    (["--dataset=tinystories_bpe"], 1, ["prepare_tinystories.py --tokenizer=bpe"]),
-    (["--dataset=tinystories_a_gpt2"], 1, ["--tokenizer=gpt2 --dataset=tinystories_a_gpt2"]),
     ([f"--dataset={'9' * 5000}"], 1, ["data/999"]),
     (["--block_size=500"], 2, ["445 tokens are too few for a block_size of 500"]),
     (["--n_embd=15"], 2, ["n_embd must be a multiple of n_head"]),
     (["--dropout=1.5"], 2, ["dropout must be"]),
     (["--batch_size=0"], 2, ["--batch_size must be at least 1"]),
-    (["--max_iters=-1"], 2, ["--max_iters must not be negative"]),
+    (["--max_iters=-1"], 2, ["--max_iters must be at least 0"]),
     (["--optimizer=sgd"], 2, ["--optimizer must be adamw, adamw_scratch or muon, not 'sgd'"]),
     (["--device=tpu9"], 2, ["device 'tpu9' cannot be used here"]),
-    (["--init_from=gpt9"], 2, ["--init_from must be scratch, resume, gpt2"]),
+    (["--init_from=gpt9"], 1, ["gpt9: no such checkpoint", "--init_from takes gpt2"]),
     (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
     (["--profile=10"], 2, ["--profile=10 needs 13 steps, give a larger --max_iters"]),
     (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),
@@ -491,11 +485,11 @@ def test_a_run_that_cannot_work_says_why(train, arguments, status, words):
 
 
 @pytest.mark.parametrize("harm, words", [
-    (lambda f: (f / "meta.json").write_text("{"), ["data/verse is damaged"]),
-    (lambda f: (f / "meta.json").write_text("[]"), ["data/verse is damaged"]),
-    (lambda f: (f / "train.bin").unlink(), ["data/verse is damaged"]),
-    (lambda f: (f / "train.bin").write_bytes(b"\0" * 100), ["train.bin is not as long"]),
-    (lambda f: (f / "val.bin").write_bytes(b"\xff" * 890), ["val.bin has ids outside"]),
+    (lambda f: (f / "meta.json").write_text("{"), ["data/verse cannot be used", "prepare it again"]),
+    (lambda f: (f / "meta.json").write_text("[]"), ["data/verse cannot be used", "prepare it again"]),
+    (lambda f: (f / "train.bin").unlink(), ["data/verse cannot be used", "prepare it again"]),
+    (lambda f: (f / "train.bin").write_bytes(b"\0" * 100), ["train.bin is not what meta.json says"]),
+    (lambda f: (f / "val.bin").write_bytes(b"\xff" * 890), ["val.bin is not what meta.json says"]),
 ])
 def test_a_damaged_dataset_is_named(train, harm, words):
     harm(Path("data/verse"))
