@@ -35,7 +35,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
 @dataclass
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2's smallest, 124,439,808 parameters."""
@@ -60,7 +59,6 @@ class GPTConfig:
     def __post_init__(self):
         check_config(self)
 
-
 # ---- the formulas; torch's fused kernels compute the same, faster ----
 
 def layer_norm(x, shape, weight, bias=None, eps=1e-5):
@@ -70,11 +68,9 @@ def layer_norm(x, shape, weight, bias=None, eps=1e-5):
     x = x / (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
     return x if bias is None else x + bias
 
-
 def gelu(x):
     """Nearly x Phi(x), the exact GELU, in GPT-2's form (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-
 
 def attention_weights(q, k):
     """softmax(Q K^T / sqrt(D) + mask): how much each of T tokens looks at each of S, never at
@@ -83,19 +79,16 @@ def attention_weights(q, k):
     mask = q.new_full((T, S), -math.inf).triu(S - T + 1)     # the queries are the last T of S
     return (q @ k.mT / math.sqrt(D) + mask).softmax(dim=-1)
 
-
 def attention(q, k, v, dropout=nn.Identity()):
     """softmax(Q K^T / sqrt(D) + mask) V: for each token a mean of the values, by its weights.
     (B, H, T, D) and twice (B, H, S, D) -> (B, H, T, D)."""
     return dropout(attention_weights(q, k)) @ v
-
 
 def sinusoids(T, C):
     """The (T, C) positions of Vaswani et al. 2017, section 3.5: sin(t / 10000^(i / C)) in the
     even columns i, the cosine beside it in i + 1."""
     angles = torch.arange(T)[:, None] / 10000 ** (torch.arange(0, C, 2) / C)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :C]
-
 
 ACTIVATIONS = {  # name: (formula, fused kernel)
     "gelu": (gelu, partial(F.gelu, approximate="tanh")),
@@ -104,7 +97,6 @@ ACTIVATIONS = {  # name: (formula, fused kernel)
 }
 CHOICES = {"positions": ("learned", "sinusoidal"), "norm": ("pre", "post"),
            "activation": ACTIVATIONS}
-
 
 # ---- the network ----
 
@@ -118,7 +110,6 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         return self.normalize(x, self.weight.shape, self.weight, self.bias)
-
 
 class CausalSelfAttention(nn.Module):
     """Where tokens learn from each other: each takes in the values of those up to it, most of
@@ -150,7 +141,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)               # the heads side by side again
         return self.resid_dropout(self.c_proj(y))            # c_proj mixes them
 
-
 class MLP(nn.Module):
     """Where each token is worked on by itself: c_proj(activation(c_fc(x)))."""
     def __init__(self, config):
@@ -164,7 +154,6 @@ class MLP(nn.Module):
     def forward(self, x):
         x = self.activation(self.c_fc(x))                    # (B, T, 4C)
         return self.dropout(self.c_proj(x))                  # (B, T, C)
-
 
 class Block(nn.Module):
     """Attention, then the MLP. Each adds its output to x, the residual stream, which leads from
@@ -185,7 +174,6 @@ class Block(nn.Module):
             x = self.ln_1(x + self.attn(x, cache, maps))
             x = self.ln_2(x + self.mlp(x))
         return x
-
 
 class GPT(nn.Module):
     """Predicts each next token: logits, loss = GPT(GPTConfig())(ids, targets)."""
@@ -267,7 +255,6 @@ class GPT(nn.Module):
         options |= {"temperature": temperature, "top_k": top_k or 0}
         return torch.cat((ids, *stream(self, ids, max_new_tokens, **options)), dim=1)
 
-
 # ---- writing text ----
 
 class KVCache:
@@ -287,7 +274,6 @@ class KVCache:
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-
 @torch.inference_mode()
 def next_logits(model, ids, cache, read_token=None):
     """(B, T) ids -> (B, V) float logits of the token after them. Reads what the cache lacks of
@@ -302,7 +288,6 @@ def next_logits(model, ids, cache, read_token=None):
     read = read_token if read_token and new.shape[1] == 1 else model.hidden
     states = read(new, cache)                                # (B, T, C)
     return model.lm_head(states[:, -1]).float()
-
 
 @torch.no_grad()
 def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=None,
@@ -322,7 +307,6 @@ def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=Non
         if ended.all():
             return
         ids = torch.cat((ids, new), dim=1)
-
 
 def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, top_k=0,
                   top_p=1.0, min_p=0.0):
@@ -349,7 +333,6 @@ def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, to
         logits = logits.masked_fill(probs < least, -math.inf)
     return logits
 
-
 def sample_ids(logits, generators=None):
     """(B, V) logits -> (B, 1) ids, sampled from their softmax: a uniform random number of each
     row's generator points at one of the probabilities laid end to end."""
@@ -357,7 +340,6 @@ def sample_ids(logits, generators=None):
     ends = logits.softmax(dim=-1).cumsum(dim=-1)
     points = torch.stack(numbers).to(logits.device) * ends[:, -1:] * (1 - 1e-6)  # < last end
     return torch.searchsorted(ends, points, right=True)
-
 
 # ======== You have read GPT-2. What follows is files, text and speed. ========
 
@@ -367,7 +349,6 @@ def require(condition, sentence):
     """Raises ValueError, of one sentence with the remedy, unless the condition holds."""
     if not condition:
         raise ValueError(sentence)
-
 
 @contextmanager
 def reading(path, remedy=""):
@@ -379,7 +360,6 @@ def reading(path, remedy=""):
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         reason = " ".join(reason.split())[:300]
         raise ValueError(f"{path} cannot be used: {reason}{remedy}") from error
-
 
 @contextmanager
 def atomic_write(path):
@@ -397,13 +377,11 @@ def atomic_write(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save_checkpoint(path, model, tokenizer, **training):
     """Writes a model, its tokenizer and the state of its training, tensors and plain values."""
     with atomic_write(path) as file:
         torch.save({"config": asdict(model.config), "tokenizer": tokenizer.spec,
                     "model": model.state_dict(), **training}, file)
-
 
 def load_checkpoint(source, device="cpu", cache_dir="", **changes):
     """{"model": GPT in eval mode, "tokenizer": ..., and what else is in it} of a .pt file, ours or
@@ -428,7 +406,6 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
         model, tokenizer = build(config, weights, spec, **changes)
     return saved | {"model": model.to(device), "tokenizer": tokenizer}
 
-
 def build(config, weights, spec, **changes):
     """(GPT in eval mode, tokenizer) of a GPTConfig with changes, {name: tensor} and a
     tokenizer's spec. Raises ValueError or RuntimeError where they do not fit together."""
@@ -450,7 +427,6 @@ def build(config, weights, spec, **changes):
     if config.tied:
         model.lm_head.weight = model.wte.weight
     return model.eval(), tokenizer
-
 
 def read_pt(path):
     """(GPTConfig, weights, tokenizer's spec, all it holds) of a checkpoint, ours or nanoGPT's.
@@ -475,7 +451,6 @@ def read_pt(path):
         spec = json.loads(read_text(folder / "meta.json"))["tokenizer"]
     return config, saved["model"], spec, {}
 
-
 # ---- the weights of others ----
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -488,7 +463,6 @@ ASSUMED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights
            "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16}
-
 
 def read_gpt2(folder):
     """(GPTConfig, weights, tokenizer's spec, {}) of a folder with GPT-2's two files."""
@@ -509,7 +483,6 @@ def read_gpt2(folder):
         if name.endswith(TRANSPOSED):
             weights[name] = weights[name].T.contiguous()
     return config, weights, json.loads(metadata.get("tokenizer", '{"kind": "gpt2"}')), {}
-
 
 def read_safetensors(path):
     """({name: tensor}, metadata) of a file: 8 bytes of length, a JSON header so long, then the
@@ -534,14 +507,12 @@ def read_safetensors(path):
     require(8 + length + end == size, damaged + "it is cut short or goes on")
     return weights, metadata
 
-
 # ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (JSON) ----
 
 EOT = "<|endoftext|>"  # how text writes eot, the id that ends a story
 # What a byte-pair token of our own never reaches across: a word with the blank before it, a
 # digit, a run of punctuation, one of line ends, any other blank.
 PIECES = r" ?[^\W\d_]+(?:'[^\W\d_]+)*| ?\d| ?(?:[^\s\w]|_)+|\n+|\s"
-
 
 class CharTokenizer:
     """One id for each character of vocabulary, a sorted string: of "abc" "cab" is [2, 0, 1].
@@ -570,7 +541,6 @@ class CharTokenizer:
     def decode(self, ids):
         return "".join(self.spec["vocabulary"][i] for i in ids).replace("\3", EOT)
 
-
 class ByteTokenizer:
     """The 256 bytes of UTF-8: any text, nothing to learn. eot is 255, no byte of UTF-8."""
     spec, vocab_size, eot = {"kind": "byte"}, 256, 255
@@ -582,7 +552,6 @@ class ByteTokenizer:
     def decode(self, ids):
         raw = np.asarray(ids, dtype=np.uint8).tobytes()
         return raw.replace(b"\xff", EOT.encode()).decode("utf-8", "replace")
-
 
 class BPETokenizer:
     """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken: GPT-2's 50,257 or our own: 256
@@ -611,7 +580,6 @@ class BPETokenizer:
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids])
 
-
 def tokenizer_from(spec):
     """The tokenizer that a spec describes, as a dataset's meta.json and a checkpoint hold it."""
     match spec:
@@ -623,7 +591,6 @@ def tokenizer_from(spec):
             return BPETokenizer(spec)
     raise ValueError("a tokenizer's spec must be of kind char, byte, gpt2 or bpe")
 
-
 def read_text(path):
     """The text of a UTF-8 file. Raises OSError or ValueError."""
     try:
@@ -634,14 +601,12 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}, convert it first, "
                          f"as iconv does") from None
 
-
 def encode_prompt(tokenizer, start):
     """(1, T) ids of a prompt, or of the file that FILE:path names; an empty one is the end of
     the text before. Raises OSError or ValueError."""
     text = read_text(start[5:]) if start.startswith("FILE:") else start
     require(text or tokenizer.eot is not None, "--start is empty, give at least one character")
     return torch.tensor([tokenizer.encode(text or EOT).tolist()])
-
 
 # ---- the machine ----
 
@@ -656,6 +621,15 @@ def pick_device(name):
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"device {name!r} cannot be used here, try auto or cpu") from error
 
+def pick_dtype(name, device, large):
+    """The torch.dtype of a setting; auto: bfloat16 where the machine has it and the model is large
+    enough to gain, float16 on older GPUs, else float32. float16 is CUDA's, elsewhere it is auto."""
+    if name not in ("auto", "float16") or name == "float16" and device.type == "cuda":
+        return getattr(torch, name)
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        return torch.float16
+    fast = device.type != "cpu" or large and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 def compiled(wanted, device, build):
     """build(), which compiles something and runs it, where that is wanted, auto (on CUDA) or true,
@@ -667,12 +641,10 @@ def compiled(wanted, device, build):
             print(f"torch.compile does not work here ({type(error).__name__}), going on without it",
                   file=sys.stderr)
 
-
 def show_progress(text):
     """Replaces the text shown before, where stderr is a terminal; "" clears it."""
     if sys.stderr.isatty():
         print(f"\r{text:<79.79}", end="\r", file=sys.stderr, flush=True)
-
 
 def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
     """Fetches a file to path from the first of urls that serves it whole; returns path. What a
@@ -697,7 +669,6 @@ def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=
                 return path
         failures = 0 if part.stat().st_size > before else failures + 1
     raise OSError(f"{path.name} could not be downloaded ({answers}), try again or {remedy}")
-
 
 def fetch(url, part, sha256, limit, timeout):
     """Appends to part what it lacks of url, up to limit bytes. Returns "whole", or what is wrong
@@ -728,14 +699,12 @@ def fetch(url, part, sha256, limit, timeout):
         return "a file of another size or sha256"
     return "whole"
 
-
 def sha256_of(path):
     """Hexadecimal digest of a file, "" where there is none."""
     if not path.is_file():
         return ""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def check_config(c):
     """Raises ValueError where no model can have the shape of a GPTConfig."""
@@ -749,7 +718,6 @@ def check_config(c):
     require(c.n_inner >= 0, "n_inner must be a width, or 0 for 4 * n_embd")
     require(not c.scale_embedding or c.positions == "sinusoidal",
             "scale_embedding goes with --positions=sinusoidal")
-
 
 # ---- the same on a CPU, faster: each figure here is one of tests/benchmark.py ----
 
@@ -766,7 +734,6 @@ def fused_attention(q, k, v, dropout):
     weights = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(dim=-1)
     return (dropout(weights) @ v).view(B, H, T, D)
 
-
 class Linear(nn.Linear):
     """nn.Linear, in 0.7 of its time for one row of bfloat16, as in writing token by token."""
     def forward(self, x):
@@ -775,7 +742,6 @@ class Linear(nn.Linear):
             return super().forward(x)
         y = torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y.add_(self.bias)
-
 
 class Dropout(nn.Dropout):
     """nn.Dropout: zero by chance p, else divided by 1 - p (Srivastava et al. 2014). Its random
@@ -795,7 +761,6 @@ class Dropout(nn.Dropout):
         factor = torch.tensor(values / (values - zeros), dtype=x.dtype)
         return x * keep.mul_(factor.view(integer)).view(x.dtype)
 
-
 def cross_entropy(logits, targets, smoothing=0.0):
     """The mean of -log softmax(logits)[target] in nats, float, over the targets (N,) that are
     not -1; logits (N, V)."""
@@ -803,7 +768,6 @@ def cross_entropy(logits, targets, smoothing=0.0):
             and not torch.compiler.is_compiling()):
         return SlicedCrossEntropy.apply(logits, targets)
     return F.cross_entropy(logits.float(), targets, ignore_index=-1, label_smoothing=smoothing)
-
 
 class SlicedCrossEntropy(torch.autograd.Function):
     """cross_entropy() and its gradient at once, in slices that stay in a CPU's cache: half of

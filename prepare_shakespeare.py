@@ -32,7 +32,6 @@ URLS = (
     "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
 )
 
-
 def main():
     one_of(settings, "tokenizer", "char", "byte", "gpt2")
     check_splits(settings)
@@ -62,7 +61,6 @@ def main():
     print(f"next: python train.py {config_file('config/shakespeare_cpu.py')} "
           f"--dataset={folder.name}")
 
-
 def check_splits(settings):
     """Stops where the settings leave nothing to train on, or name a folder elsewhere."""
     val, test = settings["val_fraction"], settings["test_fraction"]
@@ -70,7 +68,6 @@ def check_splits(settings):
             "--val_fraction and --test_fraction must be 0 or above and leave some to train on")
     require(Path(settings["dataset"]).name == settings["dataset"],
             f"--dataset must be the plain name of a folder under data/, not {settings['dataset']!r}")
-
 
 def is_complete(folder, made_by):
     """Whether folder holds a dataset made with just these settings; if so it says so."""
@@ -81,7 +78,6 @@ def is_complete(folder, made_by):
     if complete:
         print(f"{folder} is there already, made from the same text with the same settings")
     return complete
-
 
 def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000_000):
     """Writes split.bin, flat token ids, for {split: iterable of texts}, with end before the first
@@ -119,11 +115,9 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
     print(f"{folder}/meta.json: vocabulary of {tokenizer.vocab_size:,}")
     return meta
 
-
 def write_meta(folder, meta):
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
-
 
 def chunks(texts, size):
     """Lists of texts that have about size characters together."""
@@ -137,7 +131,6 @@ def chunks(texts, size):
     if chunk:
         yield chunk
 
-
 def map_in_order(function, items, workers):
     """map(function, items) on threads, none of which gets far ahead of the result that is due."""
     with ThreadPoolExecutor(workers) as pool:
@@ -148,7 +141,6 @@ def map_in_order(function, items, workers):
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
 
 if __name__ == "__main__":
     main()

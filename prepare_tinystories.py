@@ -53,7 +53,6 @@ HUB_FILES = {"tinystories": ("TinyStories-train.txt", "TinyStories-valid.txt"),
              "tinystories_v2": ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
 LONGEST = 16_000_000     # bytes; what is longer is no story
 
-
 def main():
     check_settings()
     kind = "grammar" if source == "grammar" else "tinystories"
@@ -99,7 +98,6 @@ def main():
     config = config_file(f"config/{usual.get((kind, tokenizer), f'tinystories_{tokenizer}')}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
 
-
 def check_settings():
     one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe")
     at_least(0, settings, "max_stories", "workers", "seed")
@@ -113,7 +111,6 @@ def check_settings():
     require(not val_source or source != "grammar",
             "--source=grammar makes its own validation stories, leave --val_source out")
 
-
 # ---- where stories come from ----
 
 def text_files(name, path):
@@ -122,7 +119,6 @@ def text_files(name, path):
     require(files, f"--{name}={path}: no such file, nor a folder of .txt files")
     return files
 
-
 def sha256_of_all(paths):
     """One hexadecimal digest of the files, or of the grammar where that is the source."""
     digest = hashlib.sha256(repr(GRAMMAR).encode() if source == "grammar" else b"")
@@ -130,7 +126,6 @@ def sha256_of_all(paths):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
 
 def from_hub(name, wanted=0):
     """The path of a file of roneneldan/TinyStories under data/. With wanted > 0 the download ends
@@ -150,7 +145,6 @@ def from_hub(name, wanted=0):
             limit = int(1.02 * part.stat().st_size * wanted / max(have, 1)) + 10_000
     return path
 
-
 def read_stories(paths, size=1_000_000, tail=True):
     """Yields the stories of files, stripped and some of them empty, from size bytes at a time.
     With tail, what follows the last EOT is a story, too. Raises OSError or ValueError."""
@@ -169,14 +163,12 @@ def read_stories(paths, size=1_000_000, tail=True):
             if tail and rest.strip():
                 yield from split_stories(rest, path, length - len(rest))
 
-
 def split_stories(raw, path, place):
     try:
         return [story.strip() for story in raw.decode().split(EOT)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {place + error.start}, convert it first, "
                          f"as iconv does") from None
-
 
 def survey(paths, most=0):
     """How many stories there are, most at most, how many were empty (these are left out) and how
@@ -195,7 +187,6 @@ def survey(paths, most=0):
     print(f"{len(hashes):,} stories, {repeated:,} of them repeated; {empty:,} empty ones left out")
     return {"stories": len(hashes), "empty": empty, "repeated": repeated}
 
-
 def assign_splits(count):
     """{split: (count,) booleans, which of the stories are in it}, for those with a share."""
     order = np.arange(count, dtype=np.uint32)
@@ -213,11 +204,9 @@ def assign_splits(count):
         first += size
     return chosen
 
-
 def stories_of(paths, wanted):
     """The stories, none empty, for which wanted, an array of booleans, is true."""
     return compress(filter(None, read_stories(paths, chunk_size)), wanted)
-
 
 # ---- tokenizers that learn from the stories ----
 
@@ -229,7 +218,6 @@ def make_tokenizer(splits):
         tokens = learn_bpe(count_pieces(splits["train"]()), vocab_size - 257)
         return tokenizer_from({"kind": "bpe", "tokens": [t.decode("latin-1") for t in tokens]})
     return tokenizer_from({"kind": tokenizer})
-
 
 def characters_of(splits):
     """The set of characters in all splits. Only what is not ASCII, or new, is looked at closely."""
@@ -244,7 +232,6 @@ def characters_of(splits):
                          "use --tokenizer=byte")
     return characters
 
-
 def count_pieces(stories):
     """{piece: how often it occurs in the first bpe_sample characters of the stories}."""
     counts, left = Counter(), bpe_sample
@@ -254,7 +241,6 @@ def count_pieces(stories):
         counts.update(re.findall(PIECES, story))
         left -= len(story)
     return counts
-
 
 def learn_bpe(counts, merges):
     """Tokens in the order learned: starting from bytes, the two neighbours that meet most often in
@@ -293,7 +279,6 @@ def learn_bpe(counts, merges):
             heapq.heappush(heap, (-met[pair], pair))
     return tokens
 
-
 def merge(word, token):
     """word, a list of tokens, with any two neighbours that spell token made one."""
     merged = []
@@ -303,7 +288,6 @@ def merge(word, token):
         else:
             merged.append(part)
     return merged
-
 
 # ---- synthetic stories whose entropy is known ----
 
@@ -408,7 +392,6 @@ GRAMMAR = {rule: options.split("|") for rule, options in {
 }.items()}
 HEROES = {"girl": "she her her", "boy": "he him his", "pet": "it it its"}
 
-
 def write_story(rng, grammar=GRAMMAR, rule="story", said=None):
     """(text, nats): what rule writes, and -ln of the probability of the choices made."""
     said = {} if said is None else said
@@ -426,7 +409,6 @@ def write_story(rng, grammar=GRAMMAR, rule="story", said=None):
             text += said[name]
     return text, nats
 
-
 def write_grammar(path, count):
     """Writes count stories to path; returns the nats of each, (count,)."""
     rng = random.Random(seed)
@@ -437,7 +419,6 @@ def write_grammar(path, count):
             text, nats[i] = write_story(rng)
             file.write(f"{text}\n{EOT}\n".encode())
     return nats
-
 
 if __name__ == "__main__":
     main()

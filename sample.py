@@ -20,7 +20,7 @@ import torch
 from config import at_least, configure, one_of, require, stop_on_error
 from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, PIECES, TRANSPOSED, BPETokenizer, KVCache,
                    atomic_write, compiled, encode_prompt, load_checkpoint, next_logits,
-                   pick_device, stream)
+                   pick_device, pick_dtype, stream)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
@@ -51,7 +51,6 @@ length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
 attention = ""           # a .png, .svg or .pdf to draw: what each token of the text attends to
 settings = configure(globals())
 
-
 def main():
     check_settings()
     with stop_on_error(2):
@@ -65,7 +64,8 @@ def main():
         if export:
             write_pretrained(model, tokenizer, Path(export))
             return print(f"{source} as {export}, for AutoModelForCausalLM.from_pretrained")
-    model.to(pick_dtype(model, device))
+    # Reading the weights takes most of the time: half as many bytes, if the model is large.
+    model.to(pick_dtype(dtype, device, large=model.num_params() > 10e6))
     read_token = compile_reading(model, device)
     if interactive:
         print(f"{source}, an empty line or Ctrl-D ends", file=sys.stderr)
@@ -86,7 +86,6 @@ def main():
         plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to those "
                                               f"up to it (across)")
 
-
 def check_settings():
     at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
@@ -104,24 +103,11 @@ def check_settings():
                 f"--attention must be a file like maps.png, .svg or .pdf, not {attention!r}")
         require(find_spec("matplotlib"), "--attention needs matplotlib: pip install matplotlib")
 
-
 def newest_run():
     """The folder of the best.pt written last."""
     found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     require(found, "no best.pt under out/ yet, train a model first or give its --out_dir", 1)
     return found[-1].parent
-
-
-def pick_dtype(model, device):
-    """The type of the weights, whose reading takes most of the time: half as many bytes where the
-    model is large enough to gain and the machine multiplies bfloat16. float16 is for CUDA, as in
-    train.py, whose configs ask for it: elsewhere it means auto."""
-    if dtype != "auto" and (dtype != "float16" or device.type == "cuda"):
-        return getattr(torch, dtype)
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() or (
-        device.type == "cuda" and torch.cuda.is_bf16_supported(False))
-    return torch.bfloat16 if fast and model.num_params() > 10e6 else torch.float32
-
 
 def compile_reading(model, device):
     """model.hidden compiled, to read one token after another, or None."""
@@ -133,7 +119,6 @@ def compile_reading(model, device):
 
     return compiled(compile.lower(), device, build)
 
-
 def prompts():
     """Lines typed at the terminal, until one is empty or it is closed."""
     while True:
@@ -142,7 +127,6 @@ def prompts():
         if not line:
             return
         yield line
-
 
 # ---- writing ----
 
@@ -165,7 +149,6 @@ def write(model, tokenizer, ids, read_token=None):
     print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
     return ids[0].tolist() + rows[0]
 
-
 def print_one(new, tokenizer, prompt):
     """Prints a text as it comes, from an iterator of (1, 1) ids. Returns [its ids]."""
     row, shown, text = [], 0, ""
@@ -181,7 +164,6 @@ def print_one(new, tokenizer, prompt):
     print(text[shown:])
     return [row]
 
-
 def print_many(new, tokenizer, prompt):
     """Prints texts once all have ended, from an iterator of (B, 1) ids. Returns the ids of each."""
     rows, texts = [[] for _ in range(num_samples)], [""] * num_samples
@@ -194,12 +176,10 @@ def print_many(new, tokenizer, prompt):
     print("\n----\n".join(prompt + text for text in texts))
     return rows
 
-
 def before_end(text):
     """(text up to its end, whether it has ended): at the end of a text or at stop_at."""
     ends = [text.find(mark) for mark in (EOT, stop_at) if mark and mark in text]
     return text[:min(ends, default=None)], bool(ends)
-
 
 def without_doubt(text):
     """The part of a growing text that can be shown: without a character whose bytes have not all
@@ -209,7 +189,6 @@ def without_doubt(text):
         if text.endswith(stop_at[:length]):
             return text[:-length]
     return text
-
 
 @torch.no_grad()
 def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=None,
@@ -243,7 +222,6 @@ def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=N
         for kv in cache.layers:  # each row goes on from what its source has read
             kv[:, :, :, :cache.length] = kv[:, source[alive], :, :cache.length]
     return finished[0][1][None] if finished else ids
-
 
 # ---- pictures ----
 
@@ -280,7 +258,6 @@ def plot_attention(model, tokenizer, ids, title):
         warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks
         figure.savefig(file, format=attention[-3:])
 
-
 # ---- export, as transformers keeps a GPT-2 ----
 
 def write_pretrained(model, tokenizer, folder):
@@ -316,7 +293,6 @@ def write_pretrained(model, tokenizer, folder):
         with atomic_write(folder / name) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
 
-
 def write_safetensors(path, weights, spec):
     """Writes {name: tensor} as float32, in the order of their names, and a tokenizer's spec."""
     header, end = {"__metadata__": {"format": "pt", "tokenizer": json.dumps(spec)}}, 0
@@ -330,7 +306,6 @@ def write_safetensors(path, weights, spec):
         file.write(len(text).to_bytes(8, "little") + text)
         for _, w in sorted(weights.items()):
             file.write(w.contiguous().numpy().data)
-
 
 def tokenizer_json(tokenizer):
     """A byte-pair tokenizer as Hugging Face's tokenizers keep one: bytes as printable characters,
@@ -370,7 +345,6 @@ def tokenizer_json(tokenizer):
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                       "vocab": {letters_of(token): rank for token, rank in ranks.items()}
                       | {EOT: tokenizer.eot}, "merges": merges}}
-
 
 if __name__ == "__main__":
     main()

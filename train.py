@@ -2,7 +2,6 @@
 
     python train.py config/shakespeare_cpu.py
     python train.py config/shakespeare_cpu.py --n_layer=6 --out_dir=out/deeper
-    python train.py config/shakespeare_cpu.py --init_from=resume --max_iters=4000
     torchrun --nproc_per_node=2 train.py config/shakespeare_small.py
 
 Writes out/<run>/best.pt, last.pt, metrics.csv and loss.png; python sample.py then writes text.
@@ -26,26 +25,30 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from config import (SIGNALS, at_least, catch_signals, configure, one_of, require,
-                    stop_on_error)
-from model import (EOT, GPT, GPTConfig, atomic_write, compiled, encode_prompt,
-                   load_checkpoint, pick_device, reading, save_checkpoint, show_progress,
+from config import (SIGNALS, at_least, catch_signals, configure, declared_settings, one_of,
+                    require, stop_on_error)
+from model import (EOT, GPT, GPTConfig, atomic_write, compiled, encode_prompt, load_checkpoint,
+                   pick_device, pick_dtype, reading, save_checkpoint, show_progress,
                    tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
-init_from = "scratch"        # or resume (a run), gpt2 (-medium, -large, -xl), a folder, a .pt file
-checkpoint = ""              # which file of a run to resume; empty: last.pt, best.pt to evaluate
+init_from = "scratch"        # or resume, gpt2 (-medium, -large, -xl), a folder, a .pt file
+checkpoint = ""              # the file of a run to resume; empty: last.pt, to evaluate best.pt
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 eval_only = False            # evaluate every split, also by position in the context, and stop
 overwrite = False            # a new run may replace the one in out_dir
-seed = 1337
+# Length
+max_iters = 5000             # steps
+max_epochs = 0.0             # passes over the training tokens; > 0 replaces max_iters
+patience = 0                 # evaluations without a better val loss that stop it; 0: any
 # Data
+seed = 1337                  # of the weights, batches and dropout
 dataset = "shakespeare_char"  # folder under data/
 batch_size = 64              # sequences per forward pass
 block_size = 256             # longest context, tokens
 document_rows = False        # rows are stories, cut or padded; False: windows of the stream
-gradient_accumulation_steps = 1  # batches per step, shared by the processes where there are many
+gradient_accumulation_steps = 1  # batches per step, shared by the processes
 # Model
 n_layer = 6
 n_head = 6
@@ -58,8 +61,8 @@ scale_embedding = False      # token embeddings * sqrt(n_embd), for sinusoidal p
 activation = "gelu"          # gelu (GPT-2's), gelu_erf (the exact one) or relu
 norm = "pre"                 # pre or post
 tied = True                  # the output layer shares the token embedding's matrix
-vocab_multiple = 1           # the vocabulary is padded to a multiple of it: 64 makes GPUs faster
-fused = True                 # fused kernels; False: attention, LayerNorm, GELU as their formulas
+vocab_multiple = 1           # pads the vocabulary to a multiple of it: 64 makes GPUs faster
+fused = True                 # fused kernels; False: the formulas of attention, LayerNorm, GELU
 # Regularization
 dropout = 0.2
 label_smoothing = 0.0        # in the training loss, never in evaluation
@@ -73,25 +76,22 @@ beta2 = 0.99
 momentum = 0.95              # Muon's
 grad_clip = 1.0              # largest gradient norm; 0: any
 # Schedule
-max_iters = 5000             # steps
-max_epochs = 0.0             # passes over the training tokens; > 0 replaces max_iters
 warmup_iters = 100           # steps of linear warm-up
 decay_lr = True              # False: learning_rate stays as it is after the warm-up
 lr_schedule = "cosine"       # shape of the decay: cosine or linear
 lr_decay_iters = 0           # step at which min_lr is reached; 0: the last
 min_lr = 1e-4
-patience = 0                 # stop after this many evaluations without a better val loss; 0: never
-# Evaluation, logging, snapshots
+# Evaluation and log
 eval_interval = 250          # steps; 0: only at the end
 eval_epochs = 0.0            # passes over the training tokens; > 0 replaces eval_interval
 eval_iters = 0               # batches per split; 0: all of val and as many windows of train
 log_interval = 10            # steps; 0: only with an evaluation
 sample_interval = 0          # steps between samples of the model's text; 0: none
 start = "\n"                 # what those samples continue; FILE:prompt.txt reads a file
-save_interval = 0            # steps between saves of last.pt, besides those after an evaluation
+save_interval = 0            # steps between saves of last.pt, besides those of evaluations
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
 log_grad_norms = False       # each layer's, too: grad_norms.csv, a heat map in loss.png
-profile = 0                  # steps to trace after three that warm up: trace.json.gz and a table
+profile = 0                  # steps to trace, after three of warm-up: trace.json.gz, a table
 plot = True                  # loss.png at each evaluation, where matplotlib is installed
 wandb_log = False            # the log's figures to Weights & Biases, too
 wandb_project = "gpt2"
@@ -103,16 +103,12 @@ compile = "auto"             # auto (on CUDA), true or false: torch.compile
 settings = configure(globals())
 
 # A resumed run may change these; with any other it would be another run.
-FREE_ON_RESUME = set("""
-    out_dir init_from cache_dir checkpoint eval_only overwrite max_iters max_epochs patience
-    eval_interval eval_epochs eval_iters log_interval sample_interval start save_interval
-    snapshot_interval log_grad_norms profile plot wandb_log wandb_project wandb_run_name
-    device dtype compile""".split())
+FREE_ON_RESUME = {name for name, setting in declared_settings(__file__).items()
+                  if setting.section in ("Run", "Length", "Evaluation and log", "Machine")}
 
 # torchrun starts world_size processes and tells each of them its rank. One takes every
 # world_size-th batch of a step, from its rank on; rank 0 prints and writes.
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 def main():
     # ---- the machine ----
@@ -121,7 +117,9 @@ def main():
     with stop_on_error(2):
         device = join_processes(pick_device(settings["device"]))
     keep_memory()
-    amp = pick_dtype(device)  # mixed precision: products in this type, weights and sums in float32
+    # Mixed precision: products in amp, weights in float32. On two AMX cores a step of 4 x 64
+    # took 9 ms in float32 and 11 in bfloat16, of 4 x 128 28 and 22 (tests/benchmark.py dtype).
+    amp = pick_dtype(dtype, device, large=n_embd >= 128)
     autocast = torch.autocast(device.type, amp, enabled=amp != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 
@@ -136,22 +134,25 @@ def main():
         prompt = encode_prompt(tokenizer, start) if sample_interval else None
 
     # ---- the model: of a run, new, or with the weights of others ----
-    # With the weights and the optimizers' states, progress is all that a resumed run needs to be
-    # the same run: batches and random numbers follow from the step.
-    source, states, progress = init_from, [], {
-        "step": 0, "seconds": 0.0, "best_step": 0, "best_loss": math.inf, "stale": 0, "skipped": 0}
+    # Besides weights and optimizers, progress is all that a resumed run needs to be the same
+    # run: batches and random numbers follow from the step.
+    source, states, progress = init_from, [], dict(
+        step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0)
     if init_from == "resume":
         source = run_dir / (checkpoint or ("best.pt" if eval_only else "last.pt"))
-        raw, progress, states = load_run(source, tokenizer, device, progress)
+        saved = load_model(source, tokenizer, device)
+        raw, progress, states = saved["model"], *training_state(saved, source, progress)
     elif init_from == "scratch":
         torch.manual_seed(random_seed("weights"))
         raw = GPT(config).to(device)
-    else:
-        raw = load_weights(tokenizer, device)
+    else:  # in its own sizes, with this run's dropout and the like
+        changes = {name: settings[name] for name in (
+            "block_size", "dropout", "label_smoothing", "layerdrop", "fused")}
+        raw = load_model(source, tokenizer, device, **changes)["model"]
     print(f"model: {raw.num_params():,} parameters, vocabulary of {raw.config.vocab_size:,}, "
           f"{raw.flops_per_token() / 1e6:,.1f} MFLOPs to train on a token")
     if eval_only:
-        return report(autocast(raw.eval().forward), data, meta["splits"], device, run_dir, source)
+        return report(autocast(raw.eval().forward), data, meta, device, run_dir, source)
 
     # ---- the optimizers, and the model compiled and shared by the processes ----
     parameters = list(raw.train().parameters())
@@ -161,24 +162,26 @@ def main():
     if init_from == "resume":
         restore(stateful, states, source)
     compile_blocks(raw, autocast, data["train"], device)
-    model = distribute(raw)  # raw stays beside it: the one that is evaluated and saved
+    model = raw  # stays beside it: the one that is evaluated and saved
+    if world_size > 1:
+        model = nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True,
+                                                    find_unused_parameters=layerdrop > 0)
     forward = autocast(model.forward)
 
     # ---- the run ----
     rows = batch_size * gradient_accumulation_steps
     steps_per_epoch = data["train"].per_epoch / rows
-    steps = math.ceil(max_epochs * steps_per_epoch) if max_epochs else max_iters
+    first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
-    first = progress["step"]
-    require(first < steps or first == 0,
-            f"{source} has {first} steps already, give a larger --max_iters")
+    require(first < steps or not first, f"{source} has {first} steps, raise --max_iters")
     require(not profile or steps - first >= 3 + profile,
-            f"--profile={profile} needs {3 + profile} steps, give a larger --max_iters")
-    print(f"{optimizer} on {device} in {str(amp)[6:]}: {steps:,} steps of {rows * block_size:,} "
-          f"tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
+            f"--profile={profile} needs {3 + profile} steps, raise --max_iters")
+    print(f"{optimizer} on {device} in {str(amp)[6:]}: {steps:,} steps of "
+          f"{rows * block_size:,} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
           + f", {world_size} processes" * (world_size > 1))
-    profiler = start_profiler(run_dir, device) if profile and rank == 0 else None
-    open_run(run_dir, first)
+    profiler = start_profiler(run_dir, device)
+    if rank == 0:
+        open_run(run_dir, first)
     signals, stopped_by = catch_signals(), 0
     began = time.time() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
@@ -190,12 +193,12 @@ def main():
         loss = torch.zeros((), device=device)
         for micro in range(rank, gradient_accumulation_steps, world_size):
             x, y = batch(data["train"], step, micro, device)
-            if dropout or layerdrop:  # else nothing is random, and this 2% of the smallest step
+            if dropout or layerdrop:  # else nothing is random, and this 2% of a small step
                 torch.manual_seed(random_seed("dropout", step, micro))
             last = micro + world_size >= gradient_accumulation_steps
-            model.require_backward_grad_sync = last or layerdrop > 0  # DDP: once a step is enough
-            # Gradients of micro-steps add up where we want their mean, so each takes its share;
-            # those of processes are averaged where we want their sum.
+            model.require_backward_grad_sync = last or layerdrop > 0  # DDP: once a step
+            # Gradients of micro-steps add up, and we want their mean: each takes its share.
+            # Those of processes are averaged, and we want their sum.
             share = forward(x, y)[1] / gradient_accumulation_steps
             scaler.scale(share * world_size).backward()
             loss += share.detach()
@@ -223,9 +226,9 @@ def main():
 
         # ---- what follows only looks, and saves ----
         done, now = step + 1, time.time()
-        row = {"step": done, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * (now - step_began),
-               "tok/s": rows * block_size / (now - step_began), "elapsed": now - began,
-               "eta": (now - began) * (steps / done - 1)}
+        row = {"step": done, "loss": loss, "lr": lr, "norm": norm,
+               "ms": 1000 * (now - step_began), "tok/s": rows * block_size / (now - step_began),
+               "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints that are due
         if every(evaluate_every, done) or done == steps:
             row |= losses(raw, autocast, data, device)
@@ -235,7 +238,7 @@ def main():
                 names.append("best.pt")
         if every(log_interval, done) or "val" in row:
             log(row, run_dir, floor, by_layer)
-        if every(sample_interval, done):
+        if every(sample_interval, done) and rank == 0:
             write_sample(raw, tokenizer, prompt.to(device), done, run_dir / "samples.txt")
         if every(snapshot_interval, done):
             names.append(f"step_{done}.pt")
@@ -245,10 +248,10 @@ def main():
             require_finite(done, val=row.get("val", 0.0),
                            weights=nn.utils.get_total_norm(parameters).item())
             progress |= {"step": done, "seconds": time.time() - began}
-            names.append("last.pt")  # last: killed before it, a resumed run writes the others anew
+            names.append("last.pt")  # the last: a kill before it costs none of the others
             for name in names if rank == 0 else ():
-                save_checkpoint(run_dir / name, raw, tokenizer, settings=settings, progress=progress,
-                                states=[part.state_dict() for part in stateful])
+                save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
+                                progress=progress, states=[part.state_dict() for part in stateful])
         if profiler:
             profiler.step()
         if leaving:
@@ -259,26 +262,24 @@ def main():
         print("to go on, give the same command with --init_from=resume")
         return 128 + stopped_by
 
-
 def check_settings(run_dir):
     """Stops at the first value that cannot work, before anything is loaded or written."""
     one_of(settings, "optimizer", *OPTIMIZERS)
     one_of(settings, "lr_schedule", *SCHEDULES)
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16")
     one_of(settings, "compile", "auto", "true", "false", "True", "False")
+    at_least(0, settings, *(name for name in settings if not isinstance(settings[name], str)))
     at_least(1, settings, "batch_size", "block_size", "vocab_multiple",
              "gradient_accumulation_steps")
-    at_least(0, settings, *(name for name in settings if not isinstance(settings[name], str)))
     require(max(beta1, beta2, momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(gradient_accumulation_steps % world_size == 0,
             f"--gradient_accumulation_steps must be a multiple of the {world_size} processes")
     require(not wandb_log or find_spec("wandb"), "--wandb_log=True needs pip install wandb")
     require(init_from == "resume" or eval_only or overwrite or not any(run_dir.glob("*.pt")),
-            f"{run_dir} holds a run: go on with --init_from=resume, replace it with "
-            f"--overwrite=True, or give another --out_dir")
+            f"{run_dir} holds a run: give --init_from=resume, --overwrite=True or another "
+            f"--out_dir")
     if plot and not find_spec("matplotlib"):
         print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
-
 
 # ---- data ----
 
@@ -290,7 +291,7 @@ def load_dataset(folder):
     with stop_on_error(), reading(folder, ", delete it and prepare it again"):
         meta = json.loads((folder / "meta.json").read_bytes())
         tokenizer = tokenizer_from(meta["tokenizer"])
-        require(tokenizer.eot is not None or not document_rows, f"{folder} has no ends of "
+        require(not document_rows or tokenizer.eot is not None, f"{folder} has no ends of "
                 f"texts, --document_rows=True needs data of prepare_tinystories.py")
         for split, counts in meta["splits"].items():
             tokens = np.memmap(folder / f"{split}.bin", meta["dtype"], "r")
@@ -298,9 +299,8 @@ def load_dataset(folder):
             if len(tokens) != counts["tokens"] or tokens.max() >= tokenizer.vocab_size:
                 raise ValueError(f"{split}.bin is not what meta.json says")
             rows = Documents(tokens, tokenizer.eot) if document_rows else Windows(tokens)
-            require(min(rows.per_epoch, rows.phases) >= 1,
-                    f"{folder}/{split}.bin: {len(tokens):,} tokens are too few for a block_size "
-                    f"of {block_size}, use a longer text or a smaller --block_size")
+            require(min(rows.per_epoch, rows.phases) >= 1, f"{folder}/{split}.bin: "
+                    f"{len(tokens):,} tokens are too few for --block_size={block_size}")
             line = f"{split}: {len(tokens):,} tokens, {counts['characters']:,} characters"
             if document_rows:
                 line += f", {rows.number:,} stories, {rows.cut:,} of them cut"
@@ -313,15 +313,13 @@ def load_dataset(folder):
     require("val" in data, f"{folder} has no val split, prepare it with --val_fraction=0.1", 1)
     return meta, tokenizer, data
 
-
 class Windows:
     """The rows of a split of (N,) ids: windows of block_size tokens and the one after, side by
     side, in each epoch from another first place on, its phase."""
     cut = 0
-
     def __init__(self, tokens):
         self.tokens = tokens
-        self.number = math.ceil((len(tokens) - 1) / block_size)     # from place 0, the last shorter
+        self.number = math.ceil((len(tokens) - 1) / block_size)     # in phase 0, the last shorter
         self.phases = min(block_size, len(tokens) - block_size)
         self.per_epoch = (len(tokens) - self.phases) // block_size  # that fit in any phase
 
@@ -330,12 +328,9 @@ class Windows:
         first = phase + block_size * row
         return first, min(first + block_size, len(self.tokens) - 1)
 
-
 class Documents:
-    """The rows of a split: its documents, cut at block_size, each with the end of the one before,
-    from which its first token is predicted."""
+    """The rows of a split: its documents, cut at block_size, each behind the end of another."""
     phases = 1
-
     def __init__(self, tokens, eot):
         self.tokens = tokens
         self.ends = np.concatenate([i + np.flatnonzero(tokens[i:i + 2 ** 24] == eot)
@@ -347,7 +342,6 @@ class Documents:
         first = self.ends[row]
         return first, min(first + block_size, self.ends[row + 1])
 
-
 def read_rows(rows, spans, device):
     """Inputs x and targets y, (B, T) each, of rows with these spans. A short row is padded: x
     repeats its last token, y is -1, which no loss counts."""
@@ -357,27 +351,23 @@ def read_rows(rows, spans, device):
     x, y = ids[:, :-1], np.where(places > last, -1, ids)[:, 1:]
     return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
-
 def random_seed(purpose, *indices):
     """64 random bits that follow from (seed, purpose, indices) alone, never from history."""
     sequence = np.random.SeedSequence([seed, *purpose.encode(), *indices])
     return int(sequence.generate_state(1, np.uint64)[0])
 
-
 @lru_cache(maxsize=2)  # a batch may hold the end of one epoch and the start of the next
 def epoch_order(rows, epoch):
-    """The phase of an epoch and the shuffled order of its rows. Each token is a target once, but
-    for fewer than two windows at the two ends."""
+    """The phase of an epoch and the random order of its rows: each token is a target once (but
+    for fewer than two windows at the ends)."""
     generator = np.random.default_rng(random_seed("epoch", epoch))
     phase = int(generator.integers(rows.phases))
     order = np.arange(rows.per_epoch, dtype=np.uint32)
     generator.shuffle(order)
     return phase, order
 
-
 def batch(rows, step, micro, device="cpu"):
-    """Inputs x and targets y, (B, T) each: the next rows of an endless sequence of epochs, which
-    follow from (seed, step, micro) alone."""
+    """x, y (B, T): the next rows of endless epochs, which follow from (seed, step, micro)."""
     first, spans = (step * gradient_accumulation_steps + micro) * batch_size, []
     for number in range(first, first + batch_size):
         epoch, i = divmod(number, rows.per_epoch)
@@ -385,28 +375,24 @@ def batch(rows, step, micro, device="cpu"):
         spans.append(rows.span(int(order[i]), phase))
     return read_rows(rows, spans, device)
 
-
 # ---- optimizers and schedule ----
 
 def make_optimizers(model):
-    """One of OPTIMIZERS for all parameters, or two, the second for the matrices of the blocks.
+    """The one of OPTIMIZERS for all parameters, or two, the second for matrices of the blocks.
     Weight decay is for matrices (embeddings too), not for biases and gains."""
     first, second = OPTIMIZERS[optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
-    hidden = {p for p in model.h.parameters() if p.dim() == 2 and second}
+    hidden = dict.fromkeys(p for p in model.h.parameters() if p.dim() == 2 and second)
     groups = [{"params": [p for p in trained if p.dim() >= 2 and p not in hidden],
                "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     optimizers = [first(groups, lr=learning_rate, betas=(beta1, beta2))]
-    if second:
-        hidden = [p for p in trained if p in hidden]
-        optimizers.append(second(hidden, learning_rate, momentum, weight_decay))
-    return optimizers
-
+    more = [second(hidden, learning_rate, momentum, weight_decay)] if second else []
+    return optimizers + more
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), written out. Each
-    weight moves by about lr, less where its gradients disagree."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), written out.
+    Each weight moves by about lr, less where its gradients disagree."""
     def __init__(self, params, lr, betas, eps=1e-8, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -414,9 +400,7 @@ class AdamW(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state |= {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
@@ -429,16 +413,16 @@ class AdamW(torch.optim.Optimizer):
                 p *= 1 - lr * group["weight_decay"]             # beside the gradient, not in it
                 p -= lr * m_hat / (v_hat.sqrt() + group["eps"])
 
-
 class Muon(torch.optim.Optimizer):
-    """Momentum, made a matrix whose singular values are all about 1 (Jordan et al. 2024), of the
-    size of AdamW's updates (Liu et al. 2025), so that one learning rate serves both. Matrices of
-    one shape go together, in half of torch.optim.Muon's time."""
+    """Momentum, made a matrix whose singular values are all about 1 (Jordan et al. 2024), of
+    the size of AdamW's updates (Liu et al. 2025): one learning rate serves both. Matrices of one
+    shape go together, in half of torch.optim.Muon's time."""
     def __init__(self, params, lr, momentum, weight_decay=0.0):
         shapes = {}
         for p in params:
-            shapes.setdefault(p.shape, {"params": []})["params"].append(p)
-        super().__init__(shapes.values(), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__([{"params": group} for group in shapes.values()],
+                         dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -457,29 +441,27 @@ class Muon(torch.optim.Optimizer):
                 p *= 1 - lr * group["weight_decay"]
                 p -= lr * update
 
-
 def orthogonal(g):
     """(N, rows, columns) -> the same with singular values of about 1, by five steps of
-    a s + b s^3 + c s^5 of each s, whose coefficients Jordan et al. chose to lift small ones."""
+    a s + b s^3 + c s^5 of each s, with coefficients that Jordan et al. chose."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = g.shape[1] > g.shape[2]
-    X = (g.mT if tall else g).bfloat16()
+    if g.shape[1] > g.shape[2]:
+        return orthogonal(g.mT).mT  # the products below are then smaller
+    X = g.bfloat16()
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
         B = b * A + c * A @ A
         X = a * X + B @ X
-    return (X.mT if tall else X).type_as(g)
+    return X.type_as(g)
 
-
-OPTIMIZERS = {  # name: (for all parameters, None), or (for most, for the matrices of the blocks)
+OPTIMIZERS = {  # name: (for all parameters, None), or (for most, for matrices of the blocks)
     "adamw": (partial(torch.optim.AdamW, fused=True), None),
     "adamw_scratch": (AdamW, None),
     "muon": (partial(torch.optim.AdamW, fused=True), Muon),
 }
 SCHEDULES = {"cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
              "linear": lambda progress: 1 - progress}  # from 1 to 0
-
 
 def learning_rate_at(step, steps):
     """Linear warm-up to learning_rate, then lr_schedule's way down to min_lr."""
@@ -489,7 +471,6 @@ def learning_rate_at(step, steps):
         return learning_rate
     progress = (step - warmup_iters) / max(1, (lr_decay_iters or steps) - warmup_iters)
     return min_lr + SCHEDULES[lr_schedule](min(1.0, progress)) * (learning_rate - min_lr)
-
 
 # ---- evaluation ----
 
@@ -506,53 +487,49 @@ def eval_batches(rows, device, max_batches):
         yield read_rows(rows, spans, device)
     show_progress("")
 
-
 @torch.no_grad()
 def evaluate(forward, rows, device="cpu", max_batches=0):
     """Mean nats per token of a split."""
     nats = counted = 0
     for x, y in eval_batches(rows, device, max_batches):
         n = (y >= 0).sum().item()
-        nats += forward(x, y)[1].item() * n
-        counted += n
+        nats, counted = nats + forward(x, y)[1].item() * n, counted + n
     nats, counted = summed(device, nats, counted)
     return nats / counted
 
-
-@torch.compiler.set_stance("force_eager")  # a graph for other shapes would take long to compile
+@torch.compiler.set_stance("force_eager")  # else a graph is compiled for the other shapes
 def losses(raw, autocast, data, device):
     """{"train", "val"} losses in nats per token, exact on val, on as many rows of train."""
-    cap = eval_iters or math.ceil(data["val"].number / batch_size)
     forward = autocast(raw.eval().forward)
-    found = {"train": evaluate(forward, data["train"], device, cap),
-             "val": evaluate(forward, data["val"], device, eval_iters)}
+    most = {"train": eval_iters or math.ceil(data["val"].number / batch_size), "val": eval_iters}
+    found = {split: evaluate(forward, data[split], device, most[split]) for split in most}
     raw.train()
     return found
-
 
 def bits_per(unit, loss, counts):
     """Nats per token -> bits per one of a split's characters, or bytes."""
     return loss * counts["tokens"] / counts[unit] / math.log(2)
 
-
 # ---- checkpoints ----
 
-def load_run(path, tokenizer, device, progress):
-    """(GPT, progress, optimizers' states) at path, if its settings and tokenizer are this run's."""
+def load_model(path, tokenizer, device, **changes):
+    """load_checkpoint() of what reads the tokens of this run's dataset."""
     with stop_on_error():
-        saved = load_checkpoint(path, device)
-        with reading(path, ", it holds no state of a training, train from scratch"):
-            progress = {name: type(value)(saved["progress"][name])
-                        for name, value in progress.items()}
-            changed = [f"--{name}={value}" for name, value in saved["settings"].items()
-                       if name not in FREE_ON_RESUME and settings.get(name) != value]
-            states = saved["states"]
-    require(saved["tokenizer"].spec == tokenizer.spec,
-            f"{path} has another tokenizer than data/{dataset}, give the dataset of its run", 1)
-    require(not changed, f"{path} was trained with {' '.join(changed)}, resume it with the same "
-            f"or train anew in another --out_dir")
-    return saved["model"], progress, states
+        saved = load_checkpoint(path, device, cache_dir, **changes)
+    spec = saved["tokenizer"].spec
+    require(spec == tokenizer.spec, f"{path} reads other tokens than data/{dataset}, prepare "
+            f"it with --tokenizer={spec['kind']}, of the same text where that is char", 1)
+    return saved
 
+def training_state(saved, path, progress):
+    """(progress, optimizers' states) of a checkpoint, if its settings are this run's."""
+    with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
+        progress = {name: type(value)(saved["progress"][name]) for name, value in progress.items()}
+        changed = [f"--{name}={value}" for name, value in saved["settings"].items()
+                   if name not in FREE_ON_RESUME and settings.get(name) != value]
+        require(not changed, f"{path} was trained with {' '.join(changed)}, resume it with "
+                f"the same or train anew in another --out_dir")
+        return progress, saved["states"]
 
 def restore(stateful, states, path):
     """Puts the optimizers and the scaler into their saved states."""
@@ -561,21 +538,9 @@ def restore(stateful, states, path):
             if state:  # a scaler has one in float16 only
                 part.load_state_dict(state)
             for p, moments in getattr(part, "state", {}).items():
-                for m in filter(torch.is_tensor, moments.values()):
-                    if m.shape not in (p.shape, ()):  # a fused step would read past its end
-                        raise ValueError(f"a moment of shape {tuple(m.shape)}")
-
-
-def load_weights(tokenizer, device):
-    """The GPT that init_from names, in its own sizes, with this run's dropout and the like."""
-    names = ("block_size", "dropout", "label_smoothing", "layerdrop", "fused")
-    with stop_on_error():
-        saved = load_checkpoint(init_from, device, cache_dir, **{n: settings[n] for n in names})
-    spec = saved["tokenizer"].spec
-    require(spec == tokenizer.spec, f"{init_from} reads other tokens than data/{dataset}, prepare "
-            f"it with --tokenizer={spec['kind']}, and of the same text where that is char", 1)
-    return saved["model"]
-
+                shapes = {m.shape for m in moments.values() if torch.is_tensor(m)}
+                if not shapes <= {p.shape, torch.Size()}:  # a fused step would read past the end
+                    raise ValueError("its moments are those of other weights")
 
 # ---- what a run writes ----
 
@@ -586,30 +551,26 @@ COLUMNS = {  # name: (width, format)
 FILES = ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "grad_norms.csv", "loss.png",
          "loss_by_position.png", "trace.json.gz", "samples.txt")
 
-
 def open_run(run_dir, step):
-    """Prints the head of the log. A new run removes what another has left in its folder; a resumed
-    one keeps the rows of its tables up to step."""
+    """Prints the head of the log. A new run removes what another has left in its folder; a
+    resumed one keeps the rows of its tables up to step."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
-    if rank:
-        return
     run_dir.mkdir(parents=True, exist_ok=True)
-    if init_from != "resume":
-        for old in [path for pattern in FILES for path in run_dir.glob(pattern)]:
-            old.unlink()
-    for path in run_dir.glob("*.csv"):
-        head, *lines = path.read_text().splitlines(keepends=True)
-        with atomic_write(path) as file:  # a kill may have cut the last line
-            file.write("".join([head, *(line for line in lines if line.endswith("\n")
-                                        and int(line.partition(",")[0]) <= step)]).encode())
+    for path in [path for pattern in FILES for path in run_dir.glob(pattern)]:
+        if init_from != "resume":
+            path.unlink()
+        elif path.suffix == ".csv":
+            head, *lines = path.read_text().splitlines(keepends=True)
+            lines = [line for line in lines if line.endswith("\n")  # else cut by a kill
+                     and int(line.partition(",")[0]) <= step]
+            with atomic_write(path) as file:
+                file.write("".join((head, *lines)).encode())
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, config=settings)
 
-
 def log(row, run_dir, floor, by_layer={}):
-    """Adds a row to the terminal, metrics.csv and wandb, gradient norms by_layer to grad_norms.csv;
-    draws loss.png anew after an evaluation."""
+    """Shows a row and keeps it in metrics.csv, grad_norms.csv (by_layer), loss.png and wandb."""
     print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
                   for name, (width, form) in COLUMNS.items()), flush=True)
     if rank:
@@ -623,7 +584,6 @@ def log(row, run_dir, floor, by_layer={}):
         import wandb
         wandb.log(row | by_layer, step=row["step"])
 
-
 def append_row(path, columns, row):
     """Appends the columns of a row to a csv file; what the row lacks stays blank."""
     values = [row.get(name, "") for name in columns]
@@ -632,12 +592,9 @@ def append_row(path, columns, row):
             print(*columns, sep=",", file=file)
         print(*(f"{v:.6g}" if type(v) is float else v for v in values), sep=",", file=file)
 
-
 @torch.compiler.set_stance("force_eager")
 def write_sample(raw, tokenizer, ids, step, path):
     """Prints how the model goes on from ids (1, T), and appends it to path."""
-    if rank:
-        return
     generator = torch.Generator().manual_seed(random_seed("sample", step))
     ids = raw.eval().generate(ids, 200, generators=[generator], eot=tokenizer.eot,
                               vocab_size=tokenizer.vocab_size)
@@ -647,85 +604,75 @@ def write_sample(raw, tokenizer, ids, step, path):
         print(f"---- step {step} ----\n{text}", file=file)
     print(f"---- a sample at step {step} ----\n{text}\n----")
 
-
 # Operations per second that a GPU states for bfloat16 (T4: float16), without sparsity.
 PEAKS = {"T4": 65e12, "A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
 
-
 def print_summary(progress, rows, counts, run_dir, raw, device):
-    """The last lines of a run: its best loss, its speed, and the share of the GPU's peak (MFU)."""
+    """The last lines of a run: its best loss, its speed, its share of the GPU's peak (MFU)."""
     done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
     speed = done * rows * block_size / max(seconds, 1e-9)  # tokens/s
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((peak for name, peak in PEAKS.items() if name in gpu), 0) * world_size
-    mfu = f"{raw.flops_per_token() * speed / peak:.1%}" if peak else "n/a"
+    flops = raw.flops_per_token() * speed / world_size
+    mfu = next((f"{flops / peak:.1%}" for name, peak in PEAKS.items() if name in gpu), "n/a")
     if 0 < patience <= progress["stale"]:
-        print(f"stopped early, after {progress['stale']} evaluations without a better val loss")
+        print(f"stopped after {progress['stale']} evaluations without a better val loss")
     if progress["best_step"]:
         print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
               f"{math.exp(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per "
               f"character, in {run_dir}/best.pt")
         if floor := counts.get("nats_per_token"):
-            print(f"the text's own entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
+            print(f"the text's own entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above")
     if progress["skipped"]:
         print(f"{progress['skipped']:,} steps skipped, whose float16 gradients overflowed")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: {speed:,.0f} tokens/s, "
           f"MFU {mfu}, peak memory {peak_memory(device) / 1e6:,.0f} MB")
 
-
 def plot_curves(run_dir, floor=None):
-    """Draws loss.png: losses, perplexity on the right, the best step and the text's own entropy
-    (floor), if known; learning rate and gradient norm; each layer's where they are kept."""
+    """Draws loss.png: losses, the text's own entropy (floor), learning rate, gradient norms."""
     from matplotlib.figure import Figure
     paths = [run_dir / "metrics.csv", *run_dir.glob("grad_norms.csv")]
     rows, *norms = [np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
                     for path in paths]
-    if len(rows) > 2:
-        rows = rows[1:]  # step 0, which says ln(vocabulary), would flatten the rest
-    figure = Figure(figsize=(8, 3 * (2 + len(norms))), dpi=100, layout="constrained")
-    top, bottom, *third = figure.subplots(2 + len(norms), sharex=True,
-                                          height_ratios=(2, 1, 1.4)[:2 + len(norms)])
-    right, perplexity = bottom.twinx(), top.secondary_yaxis("right")
+    rows = rows[1:] if len(rows) > 2 else rows  # step 0 would flatten the rest
+    figure = Figure(figsize=(8, 3 + 3 * len(paths)), dpi=100, layout="constrained")
+    top, bottom, *third = figure.subplots(1 + len(paths), sharex=True,
+                                          height_ratios=(2, 1, 1.4)[:1 + len(paths)])
     for axes, name, label, color, marker in (  # colours that the colour-blind tell apart, too
             (top, "loss", "training batches", "#999999", ""),
             (top, "train", "train", "#0072B2", "."), (top, "val", "validation", "#D55E00", "."),
             (bottom, "lr", "learning rate", "#009E73", ""),
-            (right, "norm", "gradient norm", "#CC79A7", "")):
+            (bottom.twinx(), "norm", "gradient norm", "#CC79A7", "")):
         known = rows[np.isfinite(rows[name])]
         axes.plot(known["step"], known[name], label=label, color=color, marker=marker, lw=1)
-    vals = rows[np.isfinite(rows["val"])]
-    best = vals[vals["val"].argmin()]
+        axes.set_ylabel(label, color=color)
+    best = rows[np.nanargmin(rows["val"])]
     top.plot(best["step"], best["val"], "k*", markersize=12,
              label=f"best: {best['val']:.4f} at {best['step']:,.0f}")
     if floor:
         top.axhline(floor, color="k", linestyle=":", label=f"entropy of the text: {floor:.4f}")
-    if len(vals) > 1:
-        top.set_ylim(None, 1.1 * vals["val"].max())  # the first batches lie far above
+    if len(rows) > 1:
+        top.set_ylim(None, 1.1 * np.nanmax(rows["val"]))  # the first batches lie far above
+    perplexity = top.secondary_yaxis("right", ylabel="perplexity")
     perplexity.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.4g}")
-    for axes, label in ((top, f"{run_dir}: nats per token"), (perplexity, "perplexity"),
-                        (bottom, "learning rate"), (right, "gradient norm")):
-        axes.set_ylabel(label)
+    top.set(title=f"{run_dir}: loss", ylabel="nats per token")
+    top.yaxis.label.set_color("k")
     top.legend()
     for axes, table in zip(third, norms):
-        layers = table.dtype.names[1:]
-        heat = axes.pcolormesh(table["step"], layers, [table[layer] for layer in layers], norm="log")
+        step, *layers = table.dtype.names
+        heat = axes.pcolormesh(table[step], layers, [table[name] for name in layers], norm="log")
         figure.colorbar(heat, ax=axes, label="gradient norm by layer", location="bottom")
     save_figure(figure, run_dir / "loss.png")
-
 
 def save_figure(figure, path):
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
-
-# ---- processes, machine, signals ----
+# ---- processes and machine ----
 
 def join_processes(device):
     """Meets the other processes, if there are any; returns the device of this one."""
     if world_size == 1:
         return device
-    if device.type == "mps":
-        raise ValueError("many processes need CUDA or --device=cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -733,16 +680,6 @@ def join_processes(device):
         sys.stdout = open(os.devnull, "w")
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-def distribute(raw):
-    """raw, its gradients averaged over the processes during backward."""
-    if world_size == 1:
-        return raw
-    device_ids = [raw.wte.weight.device] if raw.wte.weight.is_cuda else None
-    return nn.parallel.DistributedDataParallel(raw, device_ids, gradient_as_bucket_view=True,
-                                               find_unused_parameters=layerdrop > 0)
-
 
 def summed(device, *values):
     """Each of the numbers, summed over the processes."""
@@ -752,84 +689,57 @@ def summed(device, *values):
     distributed.all_reduce(sums)
     return sums.tolist()
 
-
 def require_finite(step, **values):
     """Stops a run whose numbers overflow, before they can replace a good checkpoint."""
     for name, value in values.items():
         require(math.isfinite(value), f"step {step}: {name} is {value}, try a lower "
-                f"--learning_rate or --dtype=float32; the run's checkpoints are as they were", 1)
-
+                f"--learning_rate or --dtype=float32; its checkpoints are as they were", 1)
 
 def every(interval, step):
     return interval > 0 and step % interval == 0
 
-
-def pick_dtype(device):
-    """What matrices are multiplied in. auto: bfloat16 on GPUs (float16 before Ampere) and, for
-    models wide enough to gain, on CPUs that multiply it in hardware; else float32."""
-    if dtype == "float16" and device.type != "cuda":
-        print(f"float16 needs a CUDA GPU, on {device} dtype is chosen as auto")
-    elif dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    # On two AMX cores a step of 4 x 64 took 9 ms in float32 and 11 in bfloat16, of 4 x 128 28 and
-    # 22, of 6 x 384 618 and 247 (tests/benchmark.py dtype).
-    if device.type == "cpu" and (n_embd < 128 or not torch.cpu._is_avx512_bf16_supported()):
-        return torch.float32
-    return torch.bfloat16
-
-
 def compile_blocks(raw, autocast, rows, device):
-    """Puts the blocks through torch.compile, one graph for all, where that is wanted and works."""
+    """Puts the blocks through torch.compile, one graph for all, if wanted and if it works."""
     def build():
         for block in raw.h:
             block.compile()
         autocast(raw.forward)(*batch(rows, 0, 0, device))[1].backward()
+        raw.zero_grad()
         return raw
-
     if not compiled(compile.lower(), device, build):
         torch.compiler.set_stance("force_eager")
-    raw.zero_grad()
-
 
 def keep_memory():
-    """Makes glibc keep the memory that is freed. It would return large blocks to the kernel, which
-    clears them again page by page: a step of 6 x 384 took 2.8 s on two cores, and 1.9 s so."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library has no mallopt
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)   # M_MMAP_MAX: no block apart from the heap
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is never returned
-
+    """Makes glibc keep freed memory. It would return large blocks to the kernel, which clears
+    them again page by page: a step of 6 x 384 took 2.8 s on two cores, 1.9 s so."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library has no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: no block apart from the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is never returned
 
 def peak_memory(device):
     """Bytes: of the GPU where one is used, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
+    if not find_spec("resource"):  # Windows
         return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 # ---- looking closer: gradient norms, loss by position, a profile ----
 
 def norms_by_layer(raw):
-    """{layer: norm of its gradient}, 0 where it has none; the squares add up to that of all."""
+    """{layer: norm of its gradient}, 0 if it has none; the squares add up to that of all."""
     layers = {}
     for name, p in raw.named_parameters():
         layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(p.grad)
     return {layer: nn.utils.get_total_norm([g for g in grads if g is not None]).item()
             for layer, grads in layers.items()}
 
-
 @torch.no_grad()
 def evaluate_positions(forward, rows, device="cpu", max_batches=0):
-    """(3, block_size) sums over a split, by the position in its rows: nats, tokens of which the
-    likeliest was right, tokens."""
+    """(3, block_size) sums by position in a split's rows: nats, right guesses, tokens."""
     sums = torch.zeros(3, block_size, dtype=torch.float64)
     for x, y in eval_batches(rows, device, max_batches):
         logits = forward(x)[0]
@@ -839,26 +749,23 @@ def evaluate_positions(forward, rows, device="cpu", max_batches=0):
         sums += torch.stack((torch.stack(nats), right, y >= 0)).sum(dim=1).cpu()
     return torch.tensor(summed(device, *sums.flatten().tolist()), dtype=sums.dtype).view(3, -1)
 
-
-def report(forward, data, splits, device, run_dir, source):
-    """The tables of eval_only: every split, whole unless eval_iters caps it, and its loss by the
-    position in the context, whose curve goes to loss_by_position.png."""
+def report(forward, data, meta, device, run_dir, source):
+    """Prints the tables of eval_only, by split and by position; draws loss_by_position.png."""
     sums = {split: evaluate_positions(forward, rows, device, eval_iters)
             for split, rows in data.items()}
     print("  split        tokens     loss  perplexity  bits/char  bits/byte  accuracy")
     for split in sums:
         nats, right, tokens = sums[split].sum(dim=1).tolist()
-        loss, counts = nats / tokens, splits[split]
-        print(f"{split:>7}{tokens:>14,.0f}{loss:>9.4f}{math.exp(loss):>12.3f}"
-              f"{bits_per('characters', loss, counts):>11.4f}"
-              f"{bits_per('bytes', loss, counts):>11.4f}{right / tokens:>10.2%}")
+        loss, units = nats / tokens, ("characters", "bytes")
+        bits = [bits_per(unit, loss, meta["splits"][split]) for unit in units]
+        print(f"{split:>7}{tokens:>14,.0f}{loss:>9.4f}{math.exp(loss):>12.3f}{bits[0]:>11.4f}"
+              f"{bits[1]:>11.4f}{right / tokens:>10.2%}")
     print("   position" + "".join(f"{split:>9}" for split in sums))
-    first, last = 0, 1
-    while first < block_size:
-        label = f"{last}" if first + 1 == last else f"{first + 1}-{last}"
+    edges = [0, *(2 ** i for i in range((block_size - 1).bit_length())), block_size]
+    for first, last in zip(edges, edges[1:]):
+        label = f"{first + 1}-{last}".removeprefix(f"{last}-")  # 1, 2, 3-4, 5-8, ...
         parts = [table[:, first:last].sum(dim=1) for table in sums.values()]
         print(f"{label:>11}" + "".join(f"{nats / tokens:>9.4f}" for nats, _, tokens in parts))
-        first, last = last, min(2 * last, block_size)  # 1, 2, 3-4, 5-8, ...
     if rank == 0 and plot and find_spec("matplotlib"):
         from matplotlib.figure import Figure
         figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
@@ -871,23 +778,19 @@ def report(forward, data, splits, device, run_dir, source):
         run_dir.mkdir(parents=True, exist_ok=True)
         save_figure(figure, run_dir / "loss_by_position.png")
 
-
 def start_profiler(run_dir, device):
-    """torch's profiler: after three steps that warm up it traces --profile steps, writes them to
-    trace.json.gz, for ui.perfetto.dev, and prints what took most of their time."""
+    """torch's profiler, if wanted. It writes trace.json.gz, for ui.perfetto.dev, and a table."""
     def finish(profiler):
         path = run_dir / "trace.json.gz"
         profiler.export_chrome_trace(f"{path}.tmp.gz")  # by this name it is compressed
         os.replace(f"{path}.tmp.gz", path)
         print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=15))
-        print(f"{profile} steps, in {path}")
-
-    profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),
-        on_trace_ready=finish, profile_memory=True)
-    profiler.start()
-    return profiler
-
+    if profile and rank == 0:
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),
+            on_trace_ready=finish, profile_memory=True)
+        profiler.start()
+        return profiler
 
 if __name__ == "__main__":
     status = main()

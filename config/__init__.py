@@ -24,13 +24,11 @@ from typing import NamedTuple
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
-
 class Setting(NamedTuple):
     """A line `name = value  # help` of a script, below a comment line, its section."""
     value: object  # bool, int, float or str: an override keeps this type
     help: str
     section: str
-
 
 def declared_settings(path):
     """{name: Setting} of a script: every `name = literal` above its call of configure. A file that
@@ -48,7 +46,6 @@ def declared_settings(path):
                 continue  # computed, so a helper's and not a setting
             settings[name] = Setting(value, comment, section)
     return settings
-
 
 def configure(namespace):
     """Overrides the settings of the calling script from sys.argv and returns {name: value}.
@@ -83,7 +80,6 @@ def configure(namespace):
     namespace.update(values)
     return values
 
-
 # ---- what the scripts say to their user ----
 
 def stop(sentence, status=1):
@@ -91,12 +87,10 @@ def stop(sentence, status=1):
     print(" ".join(sentence.split())[:900], file=sys.stderr)  # it may quote anything
     sys.exit(status)
 
-
 def require(condition, sentence, status=2):
     """Ends the program with a sentence that names the remedy, unless the condition holds."""
     if not condition:
         stop(sentence, status)
-
 
 def at_least(lowest, settings, *names):
     """Ends the program at the first of these settings that is lower."""
@@ -104,12 +98,10 @@ def at_least(lowest, settings, *names):
         require(settings[name] >= lowest,
                 f"--{name} must be at least {lowest}, not {settings[name]}")
 
-
 def one_of(settings, name, *choices):
     """Ends the program where a setting is none of the choices."""
     require(settings[name] in choices, f"--{name} must be {', '.join(choices[:-1])} or "
             f"{choices[-1]}, not {settings[name]!r}")
-
 
 @contextmanager
 def stop_on_error(status=1):
@@ -118,7 +110,6 @@ def stop_on_error(status=1):
         yield
     except (ValueError, OSError) as error:
         stop(str(error), status)
-
 
 def catch_signals():
     """A list that the first SIGINT or SIGTERM is appended to; a second one kills."""
@@ -132,11 +123,9 @@ def catch_signals():
         signal.signal(number, receive)
     return received
 
-
 def config_file(default):
     """The last config file on the command line, or default where there is none."""
     return ([default] + [one for one in sys.argv[1:] if not one.startswith("-")])[-1]
-
 
 def _report(kind, error, trace):
     """Ctrl-C and a closed pipe, as by head, need no traceback, a full disk or too little memory a
@@ -147,7 +136,6 @@ def _report(kind, error, trace):
         print(f"{error}: make room, what was saved before is whole", file=sys.stderr)
     elif kind not in (KeyboardInterrupt, BrokenPipeError):
         sys.__excepthook__(kind, error, trace)
-
 
 def _run_config(path, folder):
     """The names a config file assigns; the modules it imports and its _names are its own."""
@@ -164,16 +152,13 @@ def _run_config(path, folder):
     return {name: value for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, ModuleType)}
 
-
 def _require_known(name, known, prefix, whose):
     hint = _suggest(name, known) or ", --help lists them"
     require(name in known, f"{prefix}{name} is not a setting {whose}{hint}")
 
-
 def _suggest(name, candidates):
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
     return f", did you mean {close[0]}?" if close else ""
-
 
 def _typed(label, value, default, parse=False):
     """The value in the type of the default; on the command line (parse) it arrives as text."""
@@ -189,7 +174,6 @@ def _typed(label, value, default, parse=False):
         article = "an" if kind is int else "a"
         stop(f"{label} must be {article} {kind.__name__} like {default!r}, not {value!r}", 2)
     return value
-
 
 def _help(doc, declared, values):
     """The script's docstring, then each section's settings with the values now in force."""

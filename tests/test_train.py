@@ -334,7 +334,7 @@ def test_a_profile_is_a_trace_and_a_table(train):
     with gzip.open("out/tiny/trace.json.gz") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"]]
     assert sum(name.startswith("ProfilerStep#") for name in set(names)) == 3
-    assert "aten::addmm " in result.out and "3 steps, in out/tiny/trace.json.gz" in result.out
+    assert "aten::addmm " in result.out and "Self CPU time total" in result.out
 
 
 def test_without_matplotlib_one_line_says_so(train, monkeypatch):
@@ -467,7 +467,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
 @pytest.mark.parametrize("arguments, status, words", [
     (["--dataset=nope"], 1, ["data/nope: no such dataset", "prepare_shakespeare.py"]),
     ([f"--dataset={'9' * 5000}"], 1, ["data/999"]),
-    (["--block_size=500"], 2, ["445 tokens are too few for a block_size of 500"]),
+    (["--block_size=500"], 2, ["445 tokens are too few for --block_size=500"]),
     (["--n_embd=15"], 2, ["n_embd must be a multiple of n_head"]),
     (["--dropout=1.5"], 2, ["dropout must be"]),
     (["--batch_size=0"], 2, ["--batch_size must be at least 1"]),
@@ -476,7 +476,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
     (["--device=tpu9"], 2, ["device 'tpu9' cannot be used here"]),
     (["--init_from=gpt9"], 1, ["gpt9: no such checkpoint", "--init_from takes gpt2"]),
     (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
-    (["--profile=10"], 2, ["--profile=10 needs 13 steps, give a larger --max_iters"]),
+    (["--profile=10"], 2, ["--profile=10 needs 13 steps, raise --max_iters"]),
     (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),
 ])
 def test_a_run_that_cannot_work_says_why(train, arguments, status, words):
@@ -520,8 +520,8 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_never_run(train, run, harm)
 @pytest.mark.parametrize("change, status, words", [
     (["--n_layer=3"], 2, ["trained with --n_layer=2"]),
     (["--learning_rate=1", "--seed=5"], 2, ["--seed=1337", "--learning_rate=0.001"]),
-    (["--dataset=other"], 1, ["another tokenizer", "data/other"]),
-    ([], 2, ["has 6 steps already"]),
+    (["--dataset=other"], 1, ["reads other tokens than data/other"]),
+    ([], 2, ["has 6 steps, raise --max_iters"]),
 ])
 def test_a_checkpoint_that_does_not_fit_is_not_resumed(train, run, change, status, words):
     train()
