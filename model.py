@@ -50,7 +50,7 @@ class GPTConfig:
     positions: str = "learned"     # or sinusoidal
     scale_embedding: bool = False  # token embeddings * sqrt(n_embd), for sinusoidal positions
     activation: str = "gelu"       # GPT-2's tanh form, gelu_erf (the exact one) or relu
-    norm: str = "pre"              # LayerNorm before each sublayer; post: after its residual sum
+    norm: str = "pre"              # LayerNorm before each sublayer, or post: after its sum
     tied: bool = True              # the output layer shares the token embedding's matrix
     fused: bool = True             # torch's fused kernels; False: the formulas below
     label_smoothing: float = 0.0   # in the training loss, never in evaluation
@@ -62,8 +62,8 @@ class GPTConfig:
 # ---- the formulas; torch's fused kernels compute the same, faster ----
 
 def layer_norm(x, shape, weight, bias=None, eps=1e-5):
-    """Gives each token's channels mean 0 and variance 1, then weight and bias (Ba et al. 2016).
-    Takes what F.layer_norm takes; shape is that of weight."""
+    """Gives each token's channels mean 0 and variance 1, then weight and bias (Ba et al.
+    2016). Takes what F.layer_norm takes; shape is that of weight."""
     x = x - x.mean(dim=-1, keepdim=True)
     x = x / (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
     return x if bias is None else x + bias
@@ -156,8 +156,8 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))                  # (B, T, C)
 
 class Block(nn.Module):
-    """Attention, then the MLP. Each adds its output to x, the residual stream, which leads from
-    the embeddings to lm_head and gives the gradient a way back past every layer."""
+    """Attention, then the MLP. Each adds its output to x, the residual stream, which leads
+    from the embeddings to lm_head and gives the gradient a way back past every layer."""
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -225,8 +225,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """Matrices are N(0, 0.02), but c_proj, of which the residual stream adds up 2 n_layer,
         N(0, 0.02 / sqrt(2 n_layer)); biases 0; LayerNorm's weights 1; sinusoids fixed. An
-        untrained loss is then about ln(vocab_size) + 0.0002 n_embd; of a tied model with scaled
-        embeddings more, as it repeats the last token."""
+        untrained loss is then about ln(vocab_size) + 0.0002 n_embd; of a tied model with
+        scaled embeddings more, as it repeats the last token."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -251,7 +251,7 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """(B, T) ids -> these and up to max_new_tokens more. In eval mode; options of stream."""
+        """(B, T) ids -> these and up to max_new_tokens more, in eval mode; options of stream."""
         options |= {"temperature": temperature, "top_k": top_k or 0}
         return torch.cat((ids, *stream(self, ids, max_new_tokens, **options)), dim=1)
 
@@ -323,7 +323,7 @@ def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, to
     if top_k:                    # keeps exactly the k likeliest
         kept, ids = logits.topk(min(top_k, logits.shape[1]))
         logits = torch.full_like(logits, -math.inf).scatter(1, ids, kept)
-    if top_p < 1:                # the fewest whose probabilities reach p (Holtzman et al. 2020)
+    if top_p < 1:                # the fewest that together reach p (Holtzman et al. 2020)
         probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # the likelier ones are enough
         logits = logits.masked_fill(beyond.scatter(1, ids, beyond), -math.inf)
@@ -345,10 +345,23 @@ def sample_ids(logits, generators=None):
 
 # ---- checkpoints ----
 
-def require(condition, sentence):
+def check(condition, sentence):
     """Raises ValueError, of one sentence with the remedy, unless the condition holds."""
     if not condition:
         raise ValueError(sentence)
+
+def check_config(c):
+    """Raises ValueError where no model can have the shape of a GPTConfig."""
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        check(getattr(c, name) >= 1, f"{name} must be at least 1")
+    for name in ("dropout", "label_smoothing", "layerdrop"):
+        check(0 <= getattr(c, name) < 1, f"{name} must be from 0 to below 1")
+    for name, choices in CHOICES.items():
+        check(getattr(c, name) in choices, f"{name} must be {' or '.join(choices)}")
+    check(c.n_embd % c.n_head == 0, "n_embd must be a multiple of n_head")
+    check(c.n_inner >= 0, "n_inner must be a width, or 0 for 4 * n_embd")
+    check(not c.scale_embedding or c.positions == "sinusoidal",
+          "scale_embedding goes with --positions=sinusoidal")
 
 @contextmanager
 def reading(path, remedy=""):
@@ -378,15 +391,15 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 def save_checkpoint(path, model, tokenizer, **training):
-    """Writes a model, its tokenizer and the state of its training, tensors and plain values."""
+    """Writes a model, its tokenizer and its training state, of tensors and plain values."""
     with atomic_write(path) as file:
         torch.save({"config": asdict(model.config), "tokenizer": tokenizer.spec,
                     "model": model.state_dict(), **training}, file)
 
 def load_checkpoint(source, device="cpu", cache_dir="", **changes):
-    """{"model": GPT in eval mode, "tokenizer": ..., and what else is in it} of a .pt file, ours or
-    nanoGPT's; a folder with GPT-2's two files; or gpt2..., fetched from the Hugging Face Hub to
-    cache_dir once. changes replace values of the config. Raises ValueError or OSError."""
+    """{"model": GPT in eval mode, "tokenizer": ..., and what else is in it} of a .pt file, ours
+    or nanoGPT's; a folder with GPT-2's two files; or gpt2..., fetched from the Hugging Face Hub
+    to cache_dir once. changes replace values of the config. Raises ValueError or OSError."""
     path, remedy = Path(source), ", train again"
     if source in PRETRAINED:
         path, remedy = Path(cache_dir, source), ", remove it to fetch it again"
@@ -396,8 +409,8 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
                 download([f"{hub}/openai-community/{source}/resolve/main/{name}"], path / name,
                          "give --init_from=FOLDER with config.json and model.safetensors")
     elif not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one; "
-                                f"--init_from takes {', '.join(PRETRAINED)}, a folder, a .pt file")
+        raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one; or give "
+                                f"{', '.join(PRETRAINED)}, a folder or a .pt file")
     elif others := sorted(other.name for other in path.parent.glob("*.pt") if other != path):
         remedy = f", try --checkpoint={' or '.join(others)}"
     with reading(path, remedy):
@@ -409,15 +422,16 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
 def build(config, weights, spec, **changes):
     """(GPT in eval mode, tokenizer) of a GPTConfig with changes, {name: tensor} and a
     tokenizer's spec. Raises ValueError or RuntimeError where they do not fit together."""
-    require(changes.get("block_size", 0) <= config.block_size,
-            f"its context is {config.block_size} tokens, give no larger --block_size")
-    require(config.n_layer <= len(weights), "it has fewer weights than layers")
+    check(changes.get("block_size", 0) <= config.block_size,
+          f"its context is {config.block_size} tokens, give no larger --block_size")
+    check(config.n_layer <= len(weights), "it has fewer weights than layers")
     tokenizer = tokenizer_from(spec)
-    require(tokenizer.vocab_size <= config.vocab_size, f"it has {config.vocab_size:,} tokens, "
-            f"its tokenizer, {spec['kind']}, has {tokenizer.vocab_size:,}")
+    check(tokenizer.vocab_size <= config.vocab_size, f"it has {config.vocab_size:,} tokens, "
+          f"its tokenizer, {spec['kind']}, has {tokenizer.vocab_size:,}")
     config = replace(config, **changes)
-    weights = {name.removeprefix("_orig_mod.").removeprefix("transformer."): w.float().contiguous()
-               for name, w in weights.items() if not name.endswith(".attn.bias")}  # a mask
+    weights = {name.removeprefix("_orig_mod.").removeprefix("transformer."):
+               w.float().contiguous() for name, w in weights.items()
+               if not name.endswith(".attn.bias")}  # a causal mask
     weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
     if config.tied:
         weights["lm_head.weight"] = weights["wte.weight"]
@@ -435,7 +449,7 @@ def read_pt(path):
         with zipfile.ZipFile(path) as archive:
             # torch.load ignores checksums, and takes a member with attributes for a folder.
             attributes = [info.external_attr for info in archive.infolist()]
-            require(not archive.testzip() and not any(attributes), "checksum")
+            check(not archive.testzip() and not any(attributes), "checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file has no one exception
         raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__})") from error
@@ -446,8 +460,8 @@ def read_pt(path):
     spec = {"kind": "gpt2"}
     if config.vocab_size < 50257:
         folder = Path("data", saved["config"]["dataset"])
-        require((folder / "meta.json").is_file(),
-                f"it does not hold its characters, prepare {folder} here first")
+        check((folder / "meta.json").is_file(),
+              f"it does not hold its characters, prepare {folder} here first")
         spec = json.loads(read_text(folder / "meta.json"))["tokenizer"]
     return config, saved["model"], spec, {}
 
@@ -467,11 +481,11 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 def read_gpt2(folder):
     """(GPTConfig, weights, tokenizer's spec, {}) of a folder with GPT-2's two files."""
     for name in GPT2_FILES:
-        require((folder / name).is_file(), f"it has no {name}")
+        check((folder / name).is_file(), f"it has no {name}")
     theirs = json.loads(read_text(folder / "config.json"))
     for name, value in ASSUMED.items():
-        require(theirs.get(name, value) == value,
-                f"its {name} is {theirs.get(name)!r}, only {value!r} is GPT-2's")
+        check(theirs.get(name, value) == value,
+              f"its {name} is {theirs.get(name)!r}, only {value!r} is GPT-2's")
     ours = {theirs: ours for ours, theirs in ACTIVATION_NAMES.items()}
     config = GPTConfig(
         theirs["n_positions"], theirs["vocab_size"], theirs["n_layer"], theirs["n_head"],
@@ -491,20 +505,20 @@ def read_safetensors(path):
     damaged = f"{path.name} is damaged, fetch it again: "
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        require(length <= min(size, 2 ** 27), damaged + "its header does not end")
+        check(length <= min(size, 2 ** 27), damaged + "its header does not end")
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
-            require(first == end <= last <= size, damaged + f"{name} overlaps or leaves a gap")
+            check(first == end <= last <= size, damaged + f"{name} overlaps or leaves a gap")
             raw, end = torch.empty(last - first, dtype=torch.uint8), last
             file.readinto(raw.numpy())
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # a mask, which some versions keep among the weights
             w = weights[name] = raw.view(FLOATS[entry["dtype"]]).view(entry["shape"])
             finite = torch.stack(w.aminmax()).isfinite().all()
-            require(finite, damaged + f"{name} is not finite")
-    require(8 + length + end == size, damaged + "it is cut short or goes on")
+            check(finite, damaged + f"{name} is not finite")
+    check(8 + length + end == size, damaged + "it is cut short or goes on")
     return weights, metadata
 
 # ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (JSON) ----
@@ -518,8 +532,8 @@ class CharTokenizer:
     """One id for each character of vocabulary, a sorted string: of "abc" "cab" is [2, 0, 1].
     U+0003, which ASCII calls end of text, is eot where the vocabulary has it."""
     def __init__(self, vocabulary):
-        require(vocabulary and list(vocabulary) == sorted(set(vocabulary)),
-                "a character vocabulary must be one sorted string without repeats")
+        check(vocabulary and list(vocabulary) == sorted(set(vocabulary)),
+              "a character vocabulary must be one sorted string without repeats")
         self.spec = {"kind": "char", "vocabulary": vocabulary}
         self.vocab_size = len(vocabulary)
         self.eot = vocabulary.index("\3") if "\3" in vocabulary else None
@@ -533,9 +547,9 @@ class CharTokenizer:
         ids = self.id_of[codes]
         if ids.min(initial=0) < 0:
             i = int(ids.argmin())
-            raise ValueError(f"{text[i]!r} (U+{codes[i]:04X}, character {i + 1} of the text) is "
-                             f"not among the {self.vocab_size} characters of the vocabulary, "
-                             f"leave it out or use data prepared with --tokenizer=byte")
+            raise ValueError(f"{text[i]!r} (U+{codes[i]:04X}, character {i + 1} of the text) "
+                             f"is not among the vocabulary's {self.vocab_size}, leave it out or "
+                             f"use data prepared with --tokenizer=byte")
         return ids
 
     def decode(self, ids):
@@ -561,14 +575,14 @@ class BPETokenizer:
             try:
                 gpt2 = tiktoken.get_encoding("gpt2")
             except OSError as error:  # requests' errors are OSErrors
-                raise ConnectionError("GPT-2's tokenizer could not be downloaded, connect once "
-                                      "or set TIKTOKEN_CACHE_DIR to a folder with it") from error
+                raise ConnectionError("GPT-2's tokenizer could not be downloaded, connect or "
+                                      "set TIKTOKEN_CACHE_DIR to a folder with it") from error
             pieces, ranks = gpt2._pat_str, gpt2._mergeable_ranks
         else:
             tokens = [bytes([i]) for i in range(256)]
             tokens += [token.encode("latin-1") for token in spec["tokens"]]
             pieces, ranks = PIECES, {token: rank for rank, token in enumerate(tokens)}
-            require(len(ranks) == len(tokens), "a byte-pair vocabulary must repeat no token")
+            check(len(ranks) == len(tokens), "a byte-pair vocabulary must repeat no token")
         self.spec, self.vocab_size, self.eot = spec, len(ranks) + 1, len(ranks)
         # Not the one that tiktoken hands out: for its scratch space threads would wait.
         self.encoding = tiktoken.Encoding(spec["kind"], pat_str=pieces, mergeable_ranks=ranks,
@@ -581,7 +595,7 @@ class BPETokenizer:
         return self.encoding.decode([int(i) for i in ids])
 
 def tokenizer_from(spec):
-    """The tokenizer that a spec describes, as a dataset's meta.json and a checkpoint hold it."""
+    """The tokenizer of a spec, which a dataset's meta.json and a checkpoint hold."""
     match spec:
         case {"kind": "char", "vocabulary": str(vocabulary)}:
             return CharTokenizer(vocabulary)
@@ -605,7 +619,7 @@ def encode_prompt(tokenizer, start):
     """(1, T) ids of a prompt, or of the file that FILE:path names; an empty one is the end of
     the text before. Raises OSError or ValueError."""
     text = read_text(start[5:]) if start.startswith("FILE:") else start
-    require(text or tokenizer.eot is not None, "--start is empty, give at least one character")
+    check(text or tokenizer.eot is not None, "--start is empty, give at least one character")
     return torch.tensor([tokenizer.encode(text or EOT).tolist()])
 
 # ---- the machine ----
@@ -616,14 +630,14 @@ def pick_device(name):
         best = torch.accelerator.current_accelerator(check_available=True)
         name = best.type if best and best.type in ("cuda", "mps") else "cpu"
     try:
-        require(torch.device(name).type in ("cpu", "cuda", "mps"), name)
+        check(torch.device(name).type in ("cpu", "cuda", "mps"), name)
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"device {name!r} cannot be used here, try auto or cpu") from error
 
 def pick_dtype(name, device, large):
-    """The torch.dtype of a setting; auto: bfloat16 where the machine has it and the model is large
-    enough to gain, float16 on older GPUs, else float32. float16 is CUDA's, elsewhere it is auto."""
+    """The torch.dtype of a setting. auto: bfloat16 where the machine has it and the model is
+    large enough to gain; float16 on older GPUs; else float32. float16 on a CPU means auto."""
     if name not in ("auto", "float16") or name == "float16" and device.type == "cuda":
         return getattr(torch, name)
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
@@ -632,14 +646,14 @@ def pick_dtype(name, device, large):
     return torch.bfloat16 if fast else torch.float32
 
 def compiled(wanted, device, build):
-    """build(), which compiles something and runs it, where that is wanted, auto (on CUDA) or true,
-    and works; else None."""
+    """What build() compiles and runs, where that is wanted, auto (on CUDA) or true, and works;
+    else None."""
     if wanted == "true" or wanted == "auto" and device.type == "cuda":
         try:
             return build()
         except RuntimeError as error:  # what torch.compile's errors have in common
-            print(f"torch.compile does not work here ({type(error).__name__}), going on without it",
-                  file=sys.stderr)
+            print(f"torch.compile does not work here ({type(error).__name__}), going on "
+                  f"without it", file=sys.stderr)
 
 def show_progress(text):
     """Replaces the text shown before, where stderr is a terminal; "" clears it."""
@@ -648,8 +662,8 @@ def show_progress(text):
 
 def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
     """Fetches a file to path from the first of urls that serves it whole; returns path. What a
-    broken transfer brought stays at path.part, where the next goes on; with limit, so many bytes
-    are enough, and path.part is returned. Raises OSError after tries rounds that bring nothing."""
+    broken transfer brought stays at path.part, where the next goes on; with limit, so many
+    bytes are enough, and it returns path.part. OSError after tries rounds without a byte."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.touch()
@@ -671,8 +685,8 @@ def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=
     raise OSError(f"{path.name} could not be downloaded ({answers}), try again or {remedy}")
 
 def fetch(url, part, sha256, limit, timeout):
-    """Appends to part what it lacks of url, up to limit bytes. Returns "whole", or what is wrong
-    with part: its size or its sha256, if not given the one that the Hugging Face Hub states."""
+    """Appends to part what it lacks of url, up to limit bytes. Returns "whole" or what is wrong:
+    its size or its sha256, if not given the one that the Hugging Face Hub states."""
     have = total = part.stat().st_size
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-{limit - 1 if limit else ''}"}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
@@ -706,23 +720,10 @@ def sha256_of(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def check_config(c):
-    """Raises ValueError where no model can have the shape of a GPTConfig."""
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        require(getattr(c, name) >= 1, f"{name} must be at least 1")
-    for name in ("dropout", "label_smoothing", "layerdrop"):
-        require(0 <= getattr(c, name) < 1, f"{name} must be from 0 to below 1")
-    for name, choices in CHOICES.items():
-        require(getattr(c, name) in choices, f"{name} must be {' or '.join(choices)}")
-    require(c.n_embd % c.n_head == 0, "n_embd must be a multiple of n_head")
-    require(c.n_inner >= 0, "n_inner must be a width, or 0 for 4 * n_embd")
-    require(not c.scale_embedding or c.positions == "sinusoidal",
-            "scale_embedding goes with --positions=sinusoidal")
-
 # ---- the same on a CPU, faster: each figure here is one of tests/benchmark.py ----
 
 def fused_attention(q, k, v, dropout):
-    """attention() by a kernel that never holds the (T, S) weights (Dao et al. 2022); where that
+    """attention() by a kernel that never holds the (T, S) weights (Dao et al. 2022); where it
     is slow, on a CPU, with all heads in one batch and the mask added inside Q K^T."""
     B, H, T, D = q.shape
     S, p = k.shape[2], dropout.p * dropout.training
@@ -744,8 +745,8 @@ class Linear(nn.Linear):
         return y if self.bias is None else y.add_(self.bias)
 
 class Dropout(nn.Dropout):
-    """nn.Dropout: zero by chance p, else divided by 1 - p (Srivastava et al. 2014). Its random
-    numbers are half of a step on a CPU; here they are bits that turn into the factor in place."""
+    """nn.Dropout: zero by chance p, else divided by 1 - p (Srivastava et al. 2014). On a CPU its
+    random numbers are half of a step; here they are bits that turn into the factor in place."""
     def forward(self, x):
         if not self.training or self.p == 0:
             return x

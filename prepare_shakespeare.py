@@ -45,11 +45,10 @@ def main():
         if is_complete(folder, made_by):
             return
         text = read_text(path)
-
         # One cut for each split, as nanoGPT makes them: train is text[:int(0.9 * len(text))].
         shares = {"train": 1 - val_fraction - test_fraction, "val": val_fraction,
                   "test": test_fraction}
-        cuts = (0, int(len(text) * shares["train"]), int(len(text) * (1 - test_fraction)), len(text))
+        cuts = [int(len(text) * share) for share in (0, shares["train"], 1 - test_fraction, 1)]
         splits = {name: [text[a:b]] for name, a, b in zip(shares, cuts, cuts[1:]) if shares[name]}
         for name in splits:
             require(splits[name] != [""],
@@ -67,7 +66,7 @@ def check_splits(settings):
     require(val >= 0 and test >= 0 and val + test < 1,
             "--val_fraction and --test_fraction must be 0 or above and leave some to train on")
     require(Path(settings["dataset"]).name == settings["dataset"],
-            f"--dataset must be the plain name of a folder under data/, not {settings['dataset']!r}")
+            "--dataset must be the plain name of a folder under data/")
 
 def is_complete(folder, made_by):
     """Whether folder holds a dataset made with just these settings; if so it says so."""
@@ -80,10 +79,9 @@ def is_complete(folder, made_by):
     return complete
 
 def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000_000):
-    """Writes split.bin, flat token ids, for {split: iterable of texts}, with end before the first
-    text and after each, then meta.json, without which nothing counts. Several threads encode,
-    about chunk_size characters at a time. Returns what meta.json holds: tokenizer, type of the
-    ids, counts of each split."""
+    """Writes split.bin, flat token ids, for {split: iterable of texts}, with end before the
+    first text and after each, then meta.json, without which nothing counts. Several threads
+    encode about chunk_size characters at a time. Returns what meta.json holds."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
@@ -132,7 +130,7 @@ def chunks(texts, size):
         yield chunk
 
 def map_in_order(function, items, workers):
-    """map(function, items) on threads, none of which gets far ahead of the result that is due."""
+    """map(function, items) on threads, none of which gets far ahead of the result due."""
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
         for item in items:

@@ -5,7 +5,7 @@
     python prepare_tinystories.py --source=stories.txt --tokenizer=bpe
     python prepare_tinystories.py --source=grammar               # synthetic stories, no download
 
-A story ends at <|endoftext|> or with its file. R. Eldan and Y. Li, TinyStories, arXiv:2305.07759.
+A story ends at <|endoftext|> or with its file. TinyStories: R. Eldan, Y. Li, arXiv:2305.07759.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ from string import Formatter
 import numpy as np
 
 from config import at_least, config_file, configure, one_of, require, stop_on_error
-from model import (EOT, PIECES, CharTokenizer, atomic_write, download, show_progress,
+from model import (EOT, PIECES, CharTokenizer, atomic_write, download, sha256_of, show_progress,
                    tokenizer_from)
 from prepare_shakespeare import check_splits, is_complete, write_dataset, write_meta
 
 # Stories
-source = "tinystories"   # tinystories, tinystories_v2, grammar, or a file or folder of .txt files
+source = "tinystories"   # tinystories, tinystories_v2, grammar, a file or folder of .txt files
 max_stories = 0          # take the first so many; 0: all, of grammar 20,000
 fraction = 1.0           # share of these that is used, chosen at random
 # Splits, by whole stories
 val_fraction = 0.1       # of the stories used, chosen at random
 test_fraction = 0.0
-val_source = ""          # official: the dataset's validation file; or a FILE; empty: val_fraction
+val_source = ""          # official: the dataset's validation file; a FILE; empty: val_fraction
 seed = 1337              # of every random choice
 # Tokenizer
 tokenizer = "char"       # char, byte, gpt2, or bpe: learned from the training stories
@@ -46,7 +46,7 @@ workers = 0              # threads that encode; 0: one for each core
 chunk_size = 1_000_000   # bytes that one of them encodes at a time
 hub = "https://huggingface.co"  # or a mirror of it
 # Output
-dataset = ""             # folder under data/; empty: tinystories_<tokenizer>, grammar_<tokenizer>
+dataset = ""             # folder under data/; empty: tinystories_ or grammar_<tokenizer>
 settings = configure(globals())
 
 HUB_FILES = {"tinystories": ("TinyStories-train.txt", "TinyStories-valid.txt"),
@@ -55,7 +55,7 @@ LONGEST = 16_000_000     # bytes; what is longer is no story
 
 def main():
     check_settings()
-    kind = "grammar" if source == "grammar" else "tinystories"
+    kind = {"grammar": "grammar"}.get(source, "tinystories")
     folder = Path("data", dataset or f"{kind}_{tokenizer}")
     paths, val_paths = [], []
     if source not in (*HUB_FILES, "grammar"):
@@ -80,7 +80,7 @@ def main():
             read["sha256"] = sha256_of_all(paths + val_paths)
 
         chosen = assign_splits(read["stories"])  # {split: which of the stories are in it}
-        splits = {split: partial(stories_of, paths, stories) for split, stories in chosen.items()}
+        splits = {split: partial(stories_of, paths, which) for split, which in chosen.items()}
         if val_paths:
             count = survey(val_paths)["stories"]
             splits["val"] = partial(stories_of, val_paths, np.ones(count, bool))
@@ -94,8 +94,9 @@ def main():
                 counts["nats_per_token"] = total / (counts["tokens"] - 1)  # but the first
                 counts["nats_per_character"] = total / counts["characters"]
         write_meta(folder, meta | {"made_by": made_by, "read": read})
-    usual = {("grammar", tokenizer): "quickstart", (kind, "byte"): "tinystories_char"}
-    config = config_file(f"config/{usual.get((kind, tokenizer), f'tinystories_{tokenizer}')}.py")
+    usual = {("grammar", tokenizer): "quickstart", (kind, "byte"): "tinystories_char"}.get(
+        (kind, tokenizer), f"tinystories_{tokenizer}")
+    config = config_file(f"config/{usual}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
 
 def check_settings():
@@ -123,21 +124,20 @@ def sha256_of_all(paths):
     """One hexadecimal digest of the files, or of the grammar where that is the source."""
     digest = hashlib.sha256(repr(GRAMMAR).encode() if source == "grammar" else b"")
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 def from_hub(name, wanted=0):
-    """The path of a file of roneneldan/TinyStories under data/. With wanted > 0 the download ends
-    where so many stories have come."""
+    """The path of a file of roneneldan/TinyStories under data/. With wanted > 0 the download
+    ends where so many stories have come."""
     path = Path("data") / name
     url = f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{name}"
     limit = 500 * wanted  # a story is longer: what has come then tells how much longer
     if not path.exists():
         print(f"downloading {url}")
     while not path.exists():
-        part = download((url,), path, "pass stories of your own with --source=FILE, or synthetic "
-                        "ones with --source=grammar", limit=limit)
+        part = download((url,), path, "pass stories of your own with --source=FILE, or "
+                        "synthetic ones with --source=grammar", limit=limit)
         if part != path:
             have = sum(map(bool, read_stories([part], tail=False)))
             if have >= wanted:
@@ -171,8 +171,8 @@ def split_stories(raw, path, place):
                          f"as iconv does") from None
 
 def survey(paths, most=0):
-    """How many stories there are, most at most, how many were empty (these are left out) and how
-    many repeat an earlier one (these are kept)."""
+    """How many stories there are, most at most, how many were empty (these are left out) and
+    how many repeat an earlier one (these are kept)."""
     hashes, empty = array("q"), 0  # 8 bytes a story
     for story in read_stories(paths, chunk_size):
         if most and len(hashes) == most:
@@ -184,7 +184,7 @@ def survey(paths, most=0):
     if not hashes:
         raise ValueError(f"{paths[0]} holds no stories, give another --source")
     repeated = len(hashes) - len(np.unique(hashes))
-    print(f"{len(hashes):,} stories, {repeated:,} of them repeated; {empty:,} empty ones left out")
+    print(f"{len(hashes):,} stories, {repeated:,} of them repeated; {empty:,} empty left out")
     return {"stories": len(hashes), "empty": empty, "repeated": repeated}
 
 def assign_splits(count):
@@ -192,7 +192,7 @@ def assign_splits(count):
     order = np.arange(count, dtype=np.uint32)
     np.random.default_rng(seed).shuffle(order)
     used = round(fraction * count)
-    shares = {"val": 0.0 if val_source else val_fraction, "test": test_fraction}
+    shares = {"val": val_fraction * (not val_source), "test": test_fraction}
     sizes = {split: round(share * used) for split, share in shares.items() if share}
     sizes = {"train": used - sum(sizes.values())} | sizes
     chosen, first = {}, 0
@@ -211,7 +211,7 @@ def stories_of(paths, wanted):
 # ---- tokenizers that learn from the stories ----
 
 def make_tokenizer(splits):
-    """The tokenizer that the settings ask for, given {split: function that reads its stories}."""
+    """The tokenizer of the settings, given {split: function that reads its stories}."""
     if tokenizer == "char":
         return CharTokenizer("".join(sorted({"\3"} | characters_of(splits))))
     if tokenizer == "bpe":
@@ -220,7 +220,7 @@ def make_tokenizer(splits):
     return tokenizer_from({"kind": tokenizer})
 
 def characters_of(splits):
-    """The set of characters in all splits. Only what is not ASCII, or new, is looked at closely."""
+    """The set of characters in all splits. Only what is not ASCII, or new, costs time."""
     characters, seen = set(), b""
     for read_split in splits.values():
         for story in read_split():
@@ -228,8 +228,8 @@ def characters_of(splits):
                 characters |= set(new.decode())
                 seen = "".join(filter(str.isascii, characters)).encode()
     if "\3" in characters:
-        raise ValueError("the stories hold U+0003, which char keeps for end of text, remove it or "
-                         "use --tokenizer=byte")
+        raise ValueError("the stories hold U+0003, which char keeps for end of text, remove it "
+                         "or use --tokenizer=byte")
     return characters
 
 def count_pieces(stories):
@@ -243,9 +243,9 @@ def count_pieces(stories):
     return counts
 
 def learn_bpe(counts, merges):
-    """Tokens in the order learned: starting from bytes, the two neighbours that meet most often in
-    {piece: count} become one token, up to merges times (Sennrich et al. 2016, algorithm 1). Ties go
-    to the smallest bytes. learn_bpe({"banana": 1, "ban": 2}, 2) is [b"an", b"ban"]."""
+    """Tokens in the order learned: starting from bytes, the two neighbours that meet most often
+    in {piece: count} become one token, up to merges times (Sennrich et al. 2016). Ties go to the
+    smallest bytes. learn_bpe({"banana": 1, "ban": 2}, 2) is [b"an", b"ban"]."""
     words = [[bytes([byte]) for byte in piece.encode()] for piece in counts]
     times = list(counts.values())
     met = Counter()             # {token that two neighbours would make: how often they meet}
@@ -291,10 +291,10 @@ def merge(word, token):
 
 # ---- synthetic stories whose entropy is known ----
 
-# {rule: its options, all equally likely}. {:rule} writes an option of that rule, {name:rule} also
-# remembers it, {name} repeats it; he, him and his follow the hero. No option of a rule begins with
-# another one, up to the first choice inside it, so a story can have been written in one way only
-# and its probability is the product of its choices'.
+# {rule: its options, all equally likely}. {:rule} writes an option of that rule, {name:rule}
+# also remembers it, {name} repeats it; he, him and his follow the hero. No option of a rule
+# begins with another one, up to the first choice inside it, so a story can have been written in
+# one way only and its probability is the product of its choices'.
 GRAMMAR = {rule: options.split("|") for rule, options in {
     "story": "{:opening}{:hero}{He} was {:trait} and loved to {hobby:hobby}.\nOne {:weather} "
         "{:time}, {name} took {his} {colour:colour} {thing:thing} to the {place:place}. "

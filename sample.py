@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from config import at_least, configure, one_of, require, stop_on_error
-from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, PIECES, TRANSPOSED, BPETokenizer, KVCache,
-                   atomic_write, compiled, encode_prompt, load_checkpoint, next_logits,
+from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, PIECES, TRANSPOSED, BPETokenizer,
+                   KVCache, atomic_write, compiled, encode_prompt, load_checkpoint, next_logits,
                    pick_device, pick_dtype, stream)
 
 # Model
@@ -32,7 +32,7 @@ device = "auto"          # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"           # of the weights: float32, bfloat16, float16 (CUDA); auto: the fastest
 compile = "auto"         # auto (on CUDA), true or false: torch.compile, which begins slowly
 # Text
-start = ""               # or FILE:prompt.txt; empty: as the run's samples; the context sees its end
+start = ""               # or FILE:prompt.txt; empty: as the run's samples
 interactive = False      # read prompt after prompt from the terminal
 num_samples = 1          # written side by side, as one batch; one alone is printed as it comes
 max_new_tokens = 500     # at most: the end of a text ends a sample, too
@@ -40,10 +40,10 @@ stop_at = ""             # a string that ends a sample, and is left out
 seed = 1337              # the same seed and settings, the same text; sample n has seed + n
 # How the next token is sampled, in this order
 repetition_penalty = 1.0  # above 1 makes tokens that stand in the text already less likely
-temperature = 0.8        # 0: always the likeliest token; 1: as the model learned it; above: wilder
-top_k = 0                # sample among this many likeliest tokens; 0, or the vocabulary: among all
+temperature = 0.8        # 0: always the likeliest token; 1: as the model learned; above: wilder
+top_k = 0                # among this many likeliest tokens; 0: among all
 top_p = 1.0              # among the fewest whose probabilities add up to this; 1: among all
-min_p = 0.0              # among those with this share of the likeliest one's probability; 0: all
+min_p = 0.0              # among those with this share of the largest probability; 0: all
 # Beam search, without chance and with none of the above
 num_beams = 1            # texts kept side by side; 1: sample
 length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
@@ -83,31 +83,31 @@ def main():
     print(f"{source}:", file=sys.stderr)
     ids = write(model, tokenizer, ids, read_token)
     if attention:
-        plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to those "
-                                              f"up to it (across)")
+        plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to "
+                                              f"those up to it (across)")
 
 def check_settings():
     at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16")
     one_of(settings, "compile", "auto", "true", "false", "True", "False")
-    require(0 < top_p <= 1, f"--top_p must be above 0 and at most 1, which keeps all, not {top_p}")
-    require(0 <= min_p < 1, f"--min_p must be from 0, which keeps all, to below 1, not {min_p}")
+    require(0 < top_p <= 1, "--top_p must be above 0 and at most 1, which keeps all")
+    require(0 <= min_p < 1, "--min_p must be from 0, which keeps all, to below 1")
     require(seed < 2 ** 63, "--seed must be below 2 ** 63")
     require(repetition_penalty > 0, "--repetition_penalty must be above 0; 1 is none")
-    require(num_beams == 1 or num_samples == 1, "--num_beams finds one text, leave --num_samples at 1")
+    require(1 in (num_beams, num_samples), "--num_beams finds one text, leave --num_samples at 1")
     if attention:
         require(not interactive and not export and num_samples == 1,
-                "--attention shows one text, without --interactive, --export and --num_samples")
+                "--attention shows one text, without --interactive, --export, --num_samples")
         require(attention.endswith((".png", ".svg", ".pdf")),
                 f"--attention must be a file like maps.png, .svg or .pdf, not {attention!r}")
-        require(find_spec("matplotlib"), "--attention needs matplotlib: pip install matplotlib")
+        require(find_spec("matplotlib"), "--attention needs pip install matplotlib")
 
 def newest_run():
     """The folder of the best.pt written last."""
-    found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    require(found, "no best.pt under out/ yet, train a model first or give its --out_dir", 1)
-    return found[-1].parent
+    paths = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    require(paths, "no best.pt under out/ yet, train a model first or give its --out_dir", 1)
+    return paths[-1].parent
 
 def compile_reading(model, device):
     """model.hidden compiled, to read one token after another, or None."""
@@ -131,12 +131,12 @@ def prompts():
 # ---- writing ----
 
 def write(model, tokenizer, ids, read_token=None):
-    """Prints ids (1, T) and what follows them, num_samples times. Returns the ids of the first."""
+    """Prints ids (1, T) and what follows, num_samples times. Returns the ids of the first."""
     prompt = tokenizer.decode(ids[0].tolist()).removeprefix(EOT)
     limits = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size, "read_token": read_token}
     if num_beams > 1:
         out = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, **limits)
-        text, _ = before_end(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
+        text, _ = cut_at_end(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
         print(prompt + text)
         return out[0].tolist()
     generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
@@ -155,8 +155,8 @@ def print_one(new, tokenizer, prompt):
     print(prompt, end="", flush=True)
     for ids in new:
         row.append(ids.item())
-        text, done = before_end(tokenizer.decode(row))
-        settled = without_doubt(text)
+        text, done = cut_at_end(tokenizer.decode(row))
+        settled = shown_part(text)
         print(settled[shown:], end="", flush=True)
         shown = max(shown, len(settled))
         if done:
@@ -165,25 +165,25 @@ def print_one(new, tokenizer, prompt):
     return [row]
 
 def print_many(new, tokenizer, prompt):
-    """Prints texts once all have ended, from an iterator of (B, 1) ids. Returns the ids of each."""
+    """Prints texts once all have ended, from an iterator of (B, 1) ids. Returns their ids."""
     rows, texts = [[] for _ in range(num_samples)], [""] * num_samples
     for ids in new:
         for row, token in zip(rows, ids[:, 0].tolist()):
             row.append(token)
-        texts, done = zip(*(before_end(tokenizer.decode(row)) for row in rows))
+        texts, done = zip(*(cut_at_end(tokenizer.decode(row)) for row in rows))
         if all(done):
             break
     print("\n----\n".join(prompt + text for text in texts))
     return rows
 
-def before_end(text):
+def cut_at_end(text):
     """(text up to its end, whether it has ended): at the end of a text or at stop_at."""
     ends = [text.find(mark) for mark in (EOT, stop_at) if mark and mark in text]
     return text[:min(ends, default=None)], bool(ends)
 
-def without_doubt(text):
-    """The part of a growing text that can be shown: without a character whose bytes have not all
-    come, and without what may become stop_at."""
+def shown_part(text):
+    """The part of a growing text that can be shown: without a character whose bytes have not
+    all come, and without what may become stop_at."""
     text = text.rstrip("\ufffd")
     for length in range(min(len(stop_at), len(text)), 0, -1):
         if text.endswith(stop_at[:length]):
@@ -193,8 +193,8 @@ def without_doubt(text):
 @torch.no_grad()
 def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=None,
                 vocab_size=None, read_token=None):
-    """(1, T) ids and what follows them with the largest log-probability divided by its length to
-    the power of length_penalty, among what num_beams partial texts at a time lead to."""
+    """(1, T) ids and what follows with the largest log-probability divided by its length to the
+    power of length_penalty, among what num_beams partial texts at a time lead to."""
     cache = KVCache(model.config, num_beams, model.wte.weight)
     rows = ids.repeat(num_beams, 1)
     scores = torch.full((num_beams, 1), -math.inf, device=ids.device)
@@ -226,8 +226,8 @@ def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=N
 # ---- pictures ----
 
 def plot_attention(model, tokenizer, ids, title):
-    """Draws the weights of each layer (down) and head (across) on the last block_size of ids, with
-    the tokens beside them where there is room. They are computed in float32."""
+    """Draws the weights of each layer (down) and head (across) on the last block_size of ids,
+    with the tokens beside them where there is room. They are computed in float32."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     ids, maps = ids[-model.config.block_size:], []
@@ -241,11 +241,11 @@ def plot_attention(model, tokenizer, ids, title):
         row[0].set_ylabel(f"layer {layer}", fontsize=8)
         for head, axes in enumerate(row):
             image = axes.imshow(maps[layer][0, head].numpy(force=True), cmap="Blues",
-                                norm=PowerNorm(0.5, 0, 1))  # the root, which shows small ones, too
+                                norm=PowerNorm(0.5, 0, 1))  # the root, which shows small ones
             axes.tick_params(labelsize=7)
     for head, axes in enumerate(grid[0]):
         axes.set_title(f"head {head}", fontsize=8)
-    if T <= 10 * side:  # a line of the smallest letters that can be read takes a tenth of an inch
+    if T <= 10 * side:  # the smallest letters that can be read are a tenth of an inch high
         labels = [tokenizer.decode([i])[:12].replace("\n", "\\n").replace(" ", "·")
                   .replace("$", "\\$") for i in ids]
         grid[0, 0].set(xticks=range(T), xticklabels=labels, yticks=range(T), yticklabels=labels)
@@ -262,8 +262,8 @@ def plot_attention(model, tokenizer, ids, title):
 
 def write_pretrained(model, tokenizer, folder):
     """Writes config.json, model.safetensors and, of byte-pair tokens, tokenizer.json, as
-    transformers' AutoModelForCausalLM and AutoTokenizer load them. A bias that the model lacks is
-    written as zeros. Raises ValueError for what a GPT2Config cannot say."""
+    transformers' AutoModelForCausalLM and AutoTokenizer load them. A bias that the model lacks
+    is written as zeros. Raises ValueError for what a GPT2Config cannot say."""
     c = model.config
     if c.norm != "pre" or c.positions != "learned":
         raise ValueError("transformers' GPT-2 has neither norm=post nor positions=sinusoidal")
@@ -294,7 +294,7 @@ def write_pretrained(model, tokenizer, folder):
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 def write_safetensors(path, weights, spec):
-    """Writes {name: tensor} as float32, in the order of their names, and a tokenizer's spec."""
+    """Writes {name: tensor} as float32, in order of names, and a tokenizer's spec."""
     header, end = {"__metadata__": {"format": "pt", "tokenizer": json.dumps(spec)}}, 0
     for name, w in sorted(weights.items()):
         header[name] = {"dtype": "F32", "shape": list(w.shape),
@@ -308,8 +308,8 @@ def write_safetensors(path, weights, spec):
             file.write(w.contiguous().numpy().data)
 
 def tokenizer_json(tokenizer):
-    """A byte-pair tokenizer as Hugging Face's tokenizers keep one: bytes as printable characters,
-    and the pairs that are merged, where tiktoken has ranks."""
+    """A byte-pair tokenizer as Hugging Face's tokenizers keep one: bytes as printable
+    characters, and the pairs that are merged, where tiktoken has ranks."""
     ranks = tokenizer.encoding._mergeable_ranks
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -433,13 +433,13 @@ class Muon(torch.optim.Optimizer):
             lr, beta = group["lr"], group["momentum"]
             means = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
             g = torch.stack([p.grad for p in params])           # (N, rows, columns)
-            m = beta * torch.stack(means) + (1 - beta) * g      # mean of the gradient
-            updates = orthogonal(beta * m + (1 - beta) * g)     # Nesterov's, one step ahead
-            updates *= 0.2 * math.sqrt(max(g.shape[1:]))        # of the size of AdamW's
-            for p, old, new, update in zip(params, means, m, updates):
-                old.copy_(new)
+            m = torch.stack(means).lerp(g, 1 - beta)            # beta m + (1 - beta) g
+            updates = orthogonal(g.lerp(m, beta))               # Nesterov's, one step ahead
+            size = 0.2 * math.sqrt(max(g.shape[1:]))            # that of AdamW's
+            for p, mean, new, update in zip(params, means, m, updates):
+                mean.copy_(new)
                 p *= 1 - lr * group["weight_decay"]
-                p -= lr * update
+                p.add_(update, alpha=-lr * size)
 
 def orthogonal(g):
     """(N, rows, columns) -> the same with singular values of about 1, by five steps of
@@ -451,8 +451,8 @@ def orthogonal(g):
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
-        B = b * A + c * A @ A
-        X = a * X + B @ X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)           # a X + B X
     return X.type_as(g)
 
 OPTIMIZERS = {  # name: (for all parameters, None), or (for most, for matrices of the blocks)
@@ -502,9 +502,9 @@ def losses(raw, autocast, data, device):
     """{"train", "val"} losses in nats per token, exact on val, on as many rows of train."""
     forward = autocast(raw.eval().forward)
     most = {"train": eval_iters or math.ceil(data["val"].number / batch_size), "val": eval_iters}
-    found = {split: evaluate(forward, data[split], device, most[split]) for split in most}
+    results = {split: evaluate(forward, data[split], device, most[split]) for split in most}
     raw.train()
-    return found
+    return results
 
 def bits_per(unit, loss, counts):
     """Nats per token -> bits per one of a split's characters, or bytes."""

@@ -31,8 +31,8 @@ class Setting(NamedTuple):
     section: str
 
 def declared_settings(path):
-    """{name: Setting} of a script: every `name = literal` above its call of configure. A file that
-    never calls it declares none."""
+    """{name: Setting} of a script: every `name = literal` above its call of configure. A file
+    that never calls it declares none."""
     lines, end, _ = Path(path).read_text("utf-8", "replace").partition("configure(globals())")
     settings, section = {}, "Settings"
     for line in lines.splitlines() if end else ():
@@ -128,9 +128,9 @@ def config_file(default):
     return ([default] + [one for one in sys.argv[1:] if not one.startswith("-")])[-1]
 
 def _report(kind, error, trace):
-    """Ctrl-C and a closed pipe, as by head, need no traceback, a full disk or too little memory a
-    sentence; anything else uncaught is a bug."""
-    if issubclass(kind, MemoryError) or re.search("of memory|can't allocate|overflowed", str(error)):
+    """Ctrl-C and a closed pipe, as by head, need no traceback, a full disk or too little memory
+    a sentence; anything else uncaught is a bug."""
+    if issubclass(kind, MemoryError) or re.search("out of memory|t allocate|overflowed", str(error)):
         print("out of memory, make the batch, the context or the model smaller", file=sys.stderr)
     elif issubclass(kind, OSError) and kind is not BrokenPipeError:
         print(f"{error}: make room, what was saved before is whole", file=sys.stderr)
@@ -147,7 +147,7 @@ def _run_config(path, folder):
         stop(f"{path}: no such config file{hint}", 2)
     try:
         names = runpy.run_path(path)
-    except (Exception, SystemExit) as error:  # a config is a program: whatever it raises is its own
+    except (Exception, SystemExit) as error:  # a config is a program: it may raise anything
         stop(f"{path} cannot be read as a config file: {type(error).__name__}: {error}", 2)
     return {name: value for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, ModuleType)}
@@ -171,8 +171,7 @@ def _typed(label, value, default, parse=False):
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise ValueError
     except (ValueError, KeyError, OverflowError):
-        article = "an" if kind is int else "a"
-        stop(f"{label} must be {article} {kind.__name__} like {default!r}, not {value!r}", 2)
+        stop(f"{label} must be of type {kind.__name__}, like {default!r}, not {value!r}", 2)
     return value
 
 def _help(doc, declared, values):

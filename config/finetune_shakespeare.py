@@ -1,8 +1,7 @@
 """GPT-2, 124,439,808 parameters, fine-tuned on Tiny Shakespeare in its own tokens.
 
 Data: python prepare_shakespeare.py --tokenizer=gpt2
-Text: python sample.py --out_dir=out/finetune_shakespeare
-Result: not measured yet, this one wants OpenAI's weights (0.5 GB, from the Hugging Face Hub).
+Result: not measured, it wants OpenAI's weights (0.5 GB, fetched from the Hugging Face Hub).
 """
 
 out_dir = "out/finetune_shakespeare"

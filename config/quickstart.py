@@ -1,9 +1,7 @@
-"""Synthetic stories, learned to within a few percent of their entropy in a minute on two CPU cores:
-569,984 parameters.
+"""Synthetic stories of known entropy, learned in a minute on two CPU cores: 569,984 parameters.
 
 Data: python prepare_tinystories.py --source=grammar --tokenizer=bpe
-Result: val loss 0.3839 after 1,000 steps and 45 s, 3.3% above the entropy of 0.3716 nats per
-token, on two cores of an AMD EPYC with AVX512-BF16, 2026-11-25.
+Result: val loss 0.3839, 3.3% above the entropy of 0.3716, after 45 s of two EPYC cores.
 """
 
 out_dir = "out/quickstart"

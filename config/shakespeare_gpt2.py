@@ -1,8 +1,7 @@
 """Tiny Shakespeare in GPT-2's tokens, 302 thousand of them: 7,234,432 parameters.
 
 Data: python prepare_shakespeare.py --tokenizer=gpt2
-Result: val loss 4.9599 after 1,000 steps and 730 s, 2.3133 bits per character, on two cores of an
-Intel Xeon with AMX, 2026-11-21.
+Result: val loss 4.9599, 2.3133 bits per character, after 12 min of two Xeon cores with AMX.
 """
 
 out_dir = "out/shakespeare_gpt2"

@@ -1,8 +1,7 @@
 """Characters of Tiny Shakespeare, 2 layers of 256: 1,629,440 parameters, float16 where a GPU is.
 
 Data: python prepare_shakespeare.py
-Result: val loss 1.4998 after 2,000 steps and 856 s, 2.1638 bits per character, in bfloat16 on two
-cores of an Intel Xeon with AMX, 2026-11-21; on a GPU not measured.
+Result: val loss 1.4998 after 14 min of two Xeon cores with AMX, in bfloat16; on a GPU not measured.
 """
 
 out_dir = "out/shakespeare_small"

@@ -48,8 +48,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train as script  # noqa: E402
-from model import (EOT, GPT, BPETokenizer, CharTokenizer, GPTConfig, attention,  # noqa: E402
-                   cross_entropy, drop, load_checkpoint)
+from model import (EOT, GPT, BPETokenizer, CharTokenizer, Dropout, GPTConfig,  # noqa: E402
+                   cross_entropy, fused_attention, load_checkpoint, save_checkpoint)
 from prepare_shakespeare import write_dataset  # noqa: E402
 from prepare_tinystories import count_pieces, learn_bpe, read_stories  # noqa: E402
 
@@ -69,10 +69,10 @@ def race(label, candidates, rounds=15):
     return medians
 
 
-def step(model, rows, dtype, attend=None, keep=False):
-    """Forward and backward on random tokens; attend replaces the attention, keep the gradients."""
+def step(model, rows, dtype, attention=fused_attention, keep=False):
+    """Forward and backward on random tokens with this attention; keep keeps the gradients."""
     for block in model.h:
-        block.attn.attend = attend or block.attn.attend
+        block.attn.attention = attention
     x, y = torch.randint(model.config.vocab_size, (2, rows, model.config.block_size))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(x, y)[1]
@@ -93,7 +93,7 @@ def dtype():
 
 def attention_kernels():
     def kernel(q, k, v, dropout):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout.p, is_causal=True)
 
     for layers, heads, width, context, rows in ((4, 4, 128, 64, 24), (2, 8, 256, 128, 32),
                                                 (6, 6, 384, 256, 8), (4, 4, 256, 512, 4),
@@ -101,7 +101,7 @@ def attention_kernels():
         model = GPT(GPTConfig(context, 65, layers, heads, width))
         race(f"{layers} x {width}, {rows} rows of {context}", {
             "kernel": lambda: step(model, rows, torch.bfloat16, kernel),
-            "written out": lambda: step(model, rows, torch.bfloat16, attention)})
+            "written out": lambda: step(model, rows, torch.bfloat16)})
 
 
 def kernels():
@@ -111,7 +111,7 @@ def kernels():
     targets = torch.randint(50257, (1024,))
     race("dropout of 12.5 million", {
         "torch": lambda: torch.autograd.grad(F.dropout(x, 0.2), x, x),
-        "ours": lambda: torch.autograd.grad(drop(x, 0.2), x, x)})
+        "ours": lambda: torch.autograd.grad(Dropout(0.2)(x), x, x)})
     race("cross-entropy, 1024 x 50,257", {
         "torch": lambda: torch.autograd.grad(F.cross_entropy(logits.float(), targets), logits),
         "ours": lambda: torch.autograd.grad(cross_entropy(logits, targets), logits)})
@@ -173,8 +173,8 @@ def sample(nanogpt=""):
 
 
 def encode(path):
-    batches = list(read_stories([Path(path)], 1_000_000))
-    texts = ["".join(batch) for batch in batches]
+    stories = list(filter(None, read_stories([Path(path)])))
+    texts = ["".join(stories[i:i + 1000]) for i in range(0, len(stories), 1000)]
     label = f"{sum(map(len, texts)) / 1e6:.1f} MB of stories"
     tokenizer = CharTokenizer("".join(sorted(set("".join(texts)))))
     stoi = {c: i for i, c in enumerate(tokenizer.spec["vocabulary"])}
@@ -184,14 +184,14 @@ def encode(path):
     gpt2 = BPETokenizer({"kind": "gpt2"})
 
     def ordinary():
-        return [gpt2.encoding.encode_ordinary(story) for batch in batches for story in batch]
+        return [gpt2.encoding.encode_ordinary(story) for story in stories]
 
     def write():
         with redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
-            write_dataset(Path(folder), {"train": batches}, gpt2, {}, EOT, os.cpu_count())
+            write_dataset(folder, {"train": stories}, gpt2, EOT, os.cpu_count())
 
     race(label, {"encode_ordinary": ordinary, "write_dataset": write}, rounds=5)
-    race(label, {"learn_bpe": lambda: learn_bpe(count_pieces(batches), 4096 - 257)}, rounds=3)
+    race(label, {"learn_bpe": lambda: learn_bpe(count_pieces(stories), 4096 - 257)}, rounds=3)
 
 
 def trust(rows=8, every=250):
@@ -214,7 +214,8 @@ def trust(rows=8, every=250):
 
     def save():
         script.require_finite(1, weights=torch.nn.utils.get_total_norm(parameters).item())
-        script.save_run(Path(folder), ["last.pt"], model, tokenizer, {}, optimizers)
+        save_checkpoint(Path(folder, "last.pt"), model, tokenizer,
+                        states=[optimizer.state_dict() for optimizer in optimizers])
 
     with tempfile.TemporaryDirectory() as folder:
         medians = race(f"6 x 384, {rows} rows of 256", {"a step": step_whole, "guarding it": guard,
@@ -232,6 +233,7 @@ def around():
     rows, model = script.Windows(ids), GPT(GPTConfig(32, 65, 4, 4, 64))
     parameters, optimizers = list(model.parameters()), script.make_optimizers(model)
     line = dict.fromkeys(script.COLUMNS, 1.0) | {"step": 1}
+    del line["val"]  # else it would draw
 
     def step_whole():
         step(model, 16, torch.float32, keep=True)
@@ -247,10 +249,9 @@ def around():
 
     def log():
         with redirect_stdout(quiet):
-            script.log(metrics, line)
+            script.log(line, Path(folder), None)
 
-    with open(os.devnull, "w", buffering=1) as quiet:
-        metrics = [csv.DictWriter(quiet, script.COLUMNS).writerow]
+    with open(os.devnull, "w", buffering=1) as quiet, tempfile.TemporaryDirectory() as folder:
         medians = race("4 x 64, 16 rows of 32", {"a step": step_whole, "a batch": batch,
                                                  "a line": log}, rounds=300)
     cost = medians["a batch"] + medians["a line"] / 10
@@ -258,17 +259,17 @@ def around():
 
     script.block_size, script.batch_size = 256, 16
     model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.1))
-    forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    autocast = torch.autocast("cpu", torch.bfloat16)
     data = dict.fromkeys(("train", "val"), script.Windows(ids))
-    line |= {"layers": {}, "val": 1.0}
     with tempfile.TemporaryDirectory() as folder:
-        keep = script.open_table(Path(folder, "metrics.csv"), script.COLUMNS, 0)
+        path = Path(folder, "metrics.csv")
         for done in range(60):
-            keep(line | {"step": done})
+            script.append_row(path, script.COLUMNS, line | {"step": done, "val": 1.0})
         medians = race("6 x 384, 16 rows of 256", {
-            "a step": lambda: step(model, 16, torch.bfloat16), "a line": lambda: keep(line),
-            "a picture": lambda: script.draw_curves(Path(folder)),
-            "an evaluation": lambda: script.losses(model, forward, data, "cpu")}, rounds=5)
+            "a step": lambda: step(model, 16, torch.bfloat16),
+            "a line": lambda: script.append_row(path, script.COLUMNS, line),
+            "a picture": lambda: script.plot_curves(Path(folder)),
+            "an evaluation": lambda: script.losses(model, autocast, data, "cpu")}, rounds=5)
     steps, metrics = 500 * medians["a step"], 20 * medians["a line"] + medians["a picture"]
     whole = steps + metrics + medians["an evaluation"]
     print(f"with one every 500 steps evaluations are {medians['an evaluation'] / whole:.1%} of all, "
@@ -362,8 +363,7 @@ def train(nanogpt, only="", turns="3"):
             tokenizer = CharTokenizer(characters)
             text = "".join(random.Random(0).choices(characters, k=200_000))
             with redirect_stdout(None):
-                write_dataset(Path(folder, "data/x"), {s: [[text]] for s in ("train", "val")},
-                              tokenizer, {})
+                write_dataset(Path(folder, "data/x"), {"train": [text], "val": [text]}, tokenizer)
             Path(folder, "data/x/meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocabulary}))
             given = common + [f"--{name}={value}" for name, value in sizes.items()]
             commands = {

@@ -314,7 +314,7 @@ def test_weights_with_other_tokens_are_refused(train, weights, gpt2):
 
 def test_a_run_from_weights_does_not_replace_another(run, weights):
     arguments = [a for a in TINY if a != "--overwrite=True"]
-    one_sentence(run("train.py", *arguments, "--init_from=ours"), 2, "holds a run: go on with")
+    one_sentence(run("train.py", *arguments, "--init_from=ours"), 2, "holds a run: give --init_from=resume")
 
 
 # ---- nanoGPT ----

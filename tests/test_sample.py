@@ -143,8 +143,8 @@ def test_what_is_shown_of_a_growing_text_is_never_taken_back(run, monkeypatch):
     text = "ab é 漢 E EN ENDE"
     raw, shown = text.encode(), ""
     for end in range(len(raw) + 1):
-        grown, done = script.before_end(raw[:end].decode("utf-8", "replace"))
-        now = grown if done else script.without_doubt(grown)
+        grown, done = script.cut_at_end(raw[:end].decode("utf-8", "replace"))
+        now = grown if done else script.shown_part(grown)
         assert now.startswith(shown) and text.startswith(now)
         shown = now
     assert shown == "ab é 漢 E EN "

@@ -76,7 +76,7 @@ def test_empty_stories_are_dropped_and_repeated_ones_counted(run):
     Path("s.txt").write_text(f"a b{EOT}\n{EOT} \n {EOT}a b\n{EOT}c{EOT}\nd\n")
     made = run("prepare_tinystories.py", "--source=s.txt", "--dataset=x", "--val_fraction=0.25")
     assert meta()["read"] == {"stories": 4, "empty": 2, "repeated": 1}
-    assert "4 stories, 1 of them repeated; 2 empty ones left out" in made.out
+    assert "4 stories, 1 of them repeated; 2 empty left out" in made.out
     assert sorted(stories_in("train") + stories_in("val")) == ["a b", "a b", "c", "d"]
 
 

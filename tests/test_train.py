@@ -474,7 +474,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
     (["--max_iters=-1"], 2, ["--max_iters must be at least 0"]),
     (["--optimizer=sgd"], 2, ["--optimizer must be adamw, adamw_scratch or muon, not 'sgd'"]),
     (["--device=tpu9"], 2, ["device 'tpu9' cannot be used here"]),
-    (["--init_from=gpt9"], 1, ["gpt9: no such checkpoint", "--init_from takes gpt2"]),
+    (["--init_from=gpt9"], 1, ["gpt9: no such checkpoint", "or give gpt2"]),
     (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
     (["--profile=10"], 2, ["--profile=10 needs 13 steps, raise --max_iters"]),
     (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),
