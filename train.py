@@ -433,8 +433,8 @@ class Muon(torch.optim.Optimizer):
             lr, beta = group["lr"], group["momentum"]
             means = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
             g = torch.stack([p.grad for p in params])           # (N, rows, columns)
-            m = torch.stack(means).lerp(g, 1 - beta)            # beta m + (1 - beta) g
-            updates = orthogonal(g.lerp(m, beta))               # Nesterov's, one step ahead
+            m = torch.stack(means).lerp_(g, 1 - beta)           # beta m + (1 - beta) g
+            updates = orthogonal(g.lerp_(m, beta))              # Nesterov's, one step ahead
             size = 0.2 * math.sqrt(max(g.shape[1:]))            # that of AdamW's
             for p, mean, new, update in zip(params, means, m, updates):
                 mean.copy_(new)

@@ -454,6 +454,19 @@ def test_every_option_trains(train, options):
     assert float(metrics()[-1]["val"]) < float(metrics()[0]["val"])
 
 
+def test_one_compiled_graph_serves_all_blocks_in_training_alone(train, monkeypatch):
+    """The oracle is the uncompiled run: the graphs run as torch traced them, uncompiled, so the
+    weights must be the same bit for bit."""
+    options = "--n_layer=3", "--dropout=0.0", "--sample_interval=2"
+    train(*options)
+    plain, graphs = weights(), []
+    torch.compiler.reset()
+    monkeypatch.setattr("torch.compile", partial(
+        torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward))
+    assert train(*options, "--compile=true").status == 0
+    assert len(graphs) == 1 and same(weights(), plain)
+
+
 def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler")
