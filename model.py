@@ -104,7 +104,7 @@ class LayerNorm(nn.Module):
     """Keeps the numbers in a range that the next layer can learn from, token by token."""
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.weight = nn.Parameter(torch.ones(config.n_embd))  # one gain for each channel
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.normalize = F.layer_norm if config.fused else layer_norm
 
@@ -119,8 +119,8 @@ class CausalSelfAttention(nn.Module):
         C = config.n_embd
         self.c_attn = Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
         self.c_proj = Linear(C, C, bias=config.bias)
-        self.attn_dropout = Dropout(config.dropout)
-        self.resid_dropout = Dropout(config.dropout)
+        self.attn_dropout = Dropout(config.dropout)          # of the weights (T, S)
+        self.resid_dropout = Dropout(config.dropout)         # of what the residual stream gets
         self.n_head, self.layer = config.n_head, layer
         self.attention = fused_attention if config.fused else attention
 
@@ -145,7 +145,7 @@ class MLP(nn.Module):
     """Where each token is worked on by itself: c_proj(activation(c_fc(x)))."""
     def __init__(self, config):
         super().__init__()
-        width = config.n_inner or 4 * config.n_embd
+        width = config.n_inner or 4 * config.n_embd          # more room to think in
         self.c_fc = Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
@@ -180,21 +180,21 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a row (C,) for each token
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # and one for each position
         self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # The last post-norm block has normalized its output already.
         self.ln_f = LayerNorm(config) if config.norm == "pre" else nn.Identity()
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.wte.weight
+            self.lm_head.weight = self.wte.weight            # tokens alike in, alike out
         self.init_weights()
 
     def forward(self, ids, targets=None):
         """(B, T) ids -> logits (B, T, V) and, with targets (B, T), the mean loss in nats per
         token. A target of -1 does not count."""
-        logits = self.lm_head(self.hidden(ids))
+        logits = self.lm_head(self.hidden(ids))              # (B, T, V): scores of each next token
         if targets is None:
             return logits, None
         smoothing = self.config.label_smoothing * self.training
@@ -213,13 +213,13 @@ class GPT(nn.Module):
             x = x * math.sqrt(self.config.n_embd)
         x = x + self.wpe.weight[start:start + T]             # and where it stands
         x = self.drop(x)
-        layerdrop = self.config.layerdrop * self.training
+        layerdrop = self.config.layerdrop * self.training    # 0 in evaluation
         for block in self.h:
             if layerdrop == 0 or torch.rand(()) >= layerdrop:
-                x = block(x, cache, maps)
+                x = block(x, cache, maps)                    # (B, T, C)
         if cache is not None:
             cache.length += T
-        return self.ln_f(x)
+        return self.ln_f(x)                                  # (B, T, C)
 
     @torch.no_grad()
     def init_weights(self):
@@ -232,7 +232,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        small = 0.02 / math.sqrt(2 * self.config.n_layer)
+        small = 0.02 / math.sqrt(2 * self.config.n_layer)    # 2 n_layer of them add up to one
         for block in self.h:
             nn.init.normal_(block.attn.c_proj.weight, std=small)
             nn.init.normal_(block.mlp.c_proj.weight, std=small)

@@ -621,7 +621,7 @@ def print_summary(progress, rows, counts, run_dir, raw, device):
               f"{math.exp(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per "
               f"character, in {run_dir}/best.pt")
         if floor := counts.get("nats_per_token"):
-            print(f"the text's own entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above")
+            print(f"the text's entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
     if progress["skipped"]:
         print(f"{progress['skipped']:,} steps skipped, whose float16 gradients overflowed")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: {speed:,.0f} tokens/s, "
@@ -654,7 +654,7 @@ def plot_curves(run_dir, floor=None):
         top.set_ylim(None, 1.1 * np.nanmax(rows["val"]))  # the first batches lie far above
     perplexity = top.secondary_yaxis("right", ylabel="perplexity")
     perplexity.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.4g}")
-    top.set(title=f"{run_dir}: loss", ylabel="nats per token")
+    top.set(title=f"{run_dir}: loss by step", ylabel="nats per token")
     top.yaxis.label.set_color("k")
     top.legend()
     for axes, table in zip(third, norms):

@@ -1,7 +1,12 @@
 """Every command in README.md and every config is one that works."""
 
+import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +17,10 @@ from model import GPT, GPTConfig
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS
+COMMANDS = sorted({line.split(" #")[0].strip() for block in BLOCKS
                    for line in block.splitlines() if re.search("python |torchrun ", line)})
+DIFFS = {re.search("rotary|nadam", diff)[0]: diff
+         for diff in re.findall(r"```diff\n(.*?)```", README, re.DOTALL)}
 CONFIGS = sorted(path.name for path in (REPO / "config").glob("[!_]*.py"))
 VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257, "grammar_bpe": 1209,
               "tinystories_char": 91, "tinystories_gpt2": 50257, "tinystories_slice_gpt2": 50257,
@@ -38,11 +45,99 @@ def test_the_pictures_of_the_readme_are_there_and_small():
 
 
 def test_ci_runs_the_quick_start_and_the_tests_word_for_word():
-    start, tests, *_ = [block.strip() for block in BLOCKS]
     ci = (REPO / ".ci/run").read_text().splitlines()
-    assert start in ci and "config/quickstart.py" in start and "--source=grammar" in start
-    assert tests in ci and "pytest" in tests
+    start = [line.split(" #")[0].strip() for line in BLOCKS[0].splitlines()]
+    assert len(start) == 4 and set(start) < set(ci)
+    tests, = [command for command in COMMANDS if "pytest -q" in command]
+    assert tests in ci
 
+
+def test_the_readme_is_short_and_says_where_the_network_ends_and_how_many_lines_there_are():
+    lines = README.splitlines()
+    assert len(lines) <= 240
+    assert max(map(len, "".join(re.findall("```.*?```", README, re.DOTALL)).splitlines())) <= 100
+    tree = ast.parse((REPO / "model.py").read_text())
+    gpt = next(node for node in tree.body if getattr(node, "name", "") == "GPT")
+    assert f"`model.py`, lines 1 to {gpt.end_lineno}: the network" in README
+    scripts = [*REPO.glob("*.py"), REPO / "config/__init__.py"]
+    total = sum(len(path.read_text().splitlines()) for path in scripts)
+    assert f"about {50 * round(total / 50):,} lines in all" in README and len(scripts) == 6
+
+
+# ---- the recipes, each applied to a copy ----
+
+@pytest.fixture
+def copy(workdir):
+    """copy(command, ...) -> the output of a python command in a copy of the scripts, here."""
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, workdir)
+    shutil.copytree(REPO / "config", workdir / "config")
+
+    def copy(*command):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return copy
+
+
+def apply(name):
+    Path("change.diff").write_text(DIFFS[name])
+    subprocess.run(["git", "apply", "change.diff"], check=True)
+
+
+STEPS = ("--max_iters=2 --eval_iters=1 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 "
+         "--block_size=16 --document_rows=False --device=cpu --plot=False").split()
+SAME_WITH_A_CACHE = """
+import torch
+from model import GPT, GPTConfig, KVCache
+torch.manual_seed(0)
+model = GPT(GPTConfig(16, 65, 2, 2, 16, positions="rotary")).eval()
+for block in model.h:
+    torch.nn.init.normal_(block.attn.c_attn.weight)
+ids, cache = torch.randint(65, (3, 16)), KVCache(model.config, 3, model.wte.weight)
+with torch.no_grad():
+    one_by_one = [model.hidden(ids[:, t:t + 1], cache) for t in range(16)]
+    torch.testing.assert_close(torch.cat(one_by_one, dim=1), model.hidden(ids))
+    moved = model.hidden(ids.roll(1, dims=1))  # the same neighbours, one place on
+assert (moved[:, 2] - model.hidden(ids)[:, 1]).abs().max() > 1e-3
+q, k = torch.randn(2, 1, 1, 1, 8)
+from model import rotate
+apart = [(rotate(q, t + 3) * rotate(k, t)).sum() for t in (0, 1, 40)]
+torch.testing.assert_close(apart[0], apart[1]), torch.testing.assert_close(apart[0], apart[2])
+"""
+
+
+def test_the_recipe_of_a_position_encoding_works_as_printed(copy):
+    """The oracles are exact: a token read alone behind a cache must be what it is in the whole
+    text, and a rotated query times a rotated key depends on their distance alone."""
+    apply("rotary")
+    added = [line for line in DIFFS["rotary"].splitlines() if re.match(r"\+[^+]", line)]
+    assert 10 < len(added) <= 20
+    copy("-c", SAME_WITH_A_CACHE)
+    copy("prepare_tinystories.py", "--source=grammar", "--max_stories=50", "--dataset=tales")
+    copy("train.py", "--dataset=tales", "--positions=rotary", *STEPS)
+    copy("sample.py", "--max_new_tokens=40")
+
+
+def test_the_recipe_of_an_optimizer_works_as_printed(copy):
+    apply("nadam")
+    copy("prepare_tinystories.py", "--source=grammar", "--max_stories=50", "--dataset=tales")
+    assert "nadam on cpu" in copy("train.py", "--dataset=tales", "--optimizer=nadam", *STEPS)
+
+
+def test_the_recipe_of_a_dataset_works_as_printed(copy):
+    recipe, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(recipe.splitlines()) <= 10
+    Path("prepare_sums.py").write_text(recipe)
+    copy("prepare_sums.py")
+    command = re.search(r"`(python train.py config/quickstart.py --dataset=sums.*?)`", README,
+                        re.DOTALL)[1].split()
+    copy(*command[1:], *STEPS)
+    assert copy("sample.py", "--start=17+25=", "--max_new_tokens=3").startswith("17+25=")
+
+
+# ---- the configs ----
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_serves_every_script_and_has_the_parameters_it_states(run, monkeypatch, name):

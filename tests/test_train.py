@@ -582,7 +582,7 @@ def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_clo
     found = [float(row["val"]) for row in metrics("out/tell")]
     assert len(found) == 3 and 2 * floor < found[0] and floor < found[-1] < found[1] < found[0]
     assert f"0 of them cut, entropy {floor:.4f}: no honest loss is lower" in done.out
-    assert f"own entropy is {floor:.4f}, the loss {found[-1] / floor - 1:.1%} above" in done.out
+    assert f"entropy is {floor:.4f}, the loss {found[-1] / floor - 1:.1%} above" in done.out
 
 
 def test_where_stories_are_cut_no_floor_is_claimed(tell):
