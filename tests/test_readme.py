@@ -1,7 +1,6 @@
 """Every command in README.md and every config is one that works."""
 
 import ast
-import os
 import re
 import shlex
 import shutil
@@ -67,17 +66,20 @@ def test_the_readme_is_short_and_says_where_the_network_ends_and_how_many_lines_
 # ---- the recipes, each applied to a copy ----
 
 @pytest.fixture
-def copy(workdir):
-    """copy(command, ...) -> the output of a python command in a copy of the scripts, here."""
+def copy(run, workdir, monkeypatch):
+    """copy("train.py", "--max_iters=2") -> its result, run in a copy of the scripts, here, with the
+    copy's own modules."""
     for path in REPO.glob("*.py"):
         shutil.copy(path, workdir)
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    monkeypatch.delitem(sys.modules, "config")
     shutil.copytree(REPO / "config", workdir / "config")
+    monkeypatch.syspath_prepend(workdir)
 
-    def copy(*command):
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def copy(script, *arguments):
+        result = run(workdir / script, *arguments)
+        assert result.status == 0, result
+        return result.out
     return copy
 
 
@@ -114,7 +116,8 @@ def test_the_recipe_of_a_position_encoding_works_as_printed(copy):
     apply("rotary")
     added = [line for line in DIFFS["rotary"].splitlines() if re.match(r"\+[^+]", line)]
     assert 10 < len(added) <= 20
-    copy("-c", SAME_WITH_A_CACHE)
+    Path("check.py").write_text(SAME_WITH_A_CACHE)
+    copy("check.py")
     copy("prepare_tinystories.py", "--source=grammar", "--max_stories=50", "--dataset=tales")
     copy("train.py", "--dataset=tales", "--positions=rotary", *STEPS)
     copy("sample.py", "--max_new_tokens=40")
@@ -131,9 +134,9 @@ def test_the_recipe_of_a_dataset_works_as_printed(copy):
     assert len(recipe.splitlines()) <= 10
     Path("prepare_sums.py").write_text(recipe)
     copy("prepare_sums.py")
-    command = re.search(r"`(python train.py config/quickstart.py --dataset=sums.*?)`", README,
+    command = re.search(r"`python (train.py config/quickstart.py --dataset=sums.*?)`", README,
                         re.DOTALL)[1].split()
-    copy(*command[1:], *STEPS)
+    copy(*command, *STEPS)
     assert copy("sample.py", "--start=17+25=", "--max_new_tokens=3").startswith("17+25=")
 
 
