@@ -36,6 +36,8 @@ def seeded(rows, seed=0):
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_cached_logits_are_those_of_the_tokens_in_sight(positions, norm, fused):
+    """The oracle has no cache: forward() on the same tokens, which must give the same logits at
+    every length, also where the text has outgrown the context."""
     model = lively(positions=positions, norm=norm, fused=fused)
     idx, cache = ids(3, 48), KVCache(model.config, 3, model.wte.weight)
     with torch.no_grad():
@@ -81,6 +83,8 @@ def kept(logits):
     {"min_p": 0.1}, {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
     {"repetition_penalty": 1.3, "temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.05}])
 def test_filters_are_those_of_transformers(filters):
+    """The oracle is transformers, written by others: it must keep the same tokens, with the same
+    logits."""
     transformers = pytest.importorskip("transformers")
     logits = 3 * torch.randn(20, 65, generator=torch.Generator().manual_seed(0))
     seen = ids(20, 12)
@@ -113,6 +117,8 @@ def test_top_p_keeps_the_fewest_that_reach_it_and_min_p_a_share_of_the_largest()
 # ---- draws ----
 
 def test_draws_follow_the_probabilities():
+    """The oracle is the softmax: of 50,000 draws each token gets its probability to 0.01, which is
+    more than five standard deviations of the likeliest."""
     logits = torch.randn(1, 65, generator=torch.Generator().manual_seed(0))
     logits[0, ::2] = -math.inf
     drawn = sample_ids(logits.expand(50_000, -1), [torch.Generator().manual_seed(0)] * 50_000)
@@ -161,6 +167,8 @@ def test_greedy_text_is_that_of_transformers(transformers_twins):
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -1.0])
 @pytest.mark.parametrize("ends", [False, True])
 def test_beam_search_is_that_of_transformers(transformers_twins, beams, penalty, ends):
+    """transformers' beam search is the oracle. Sharpened weights and an end of text that is likely
+    make beams end early, so that the length penalty decides."""
     ours, theirs = transformers_twins
     with torch.no_grad():
         for p in (*ours.parameters(), *theirs.parameters()):

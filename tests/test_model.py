@@ -42,6 +42,7 @@ def test_untied_head_is_one_matrix_more_and_a_sinusoidal_table_is_not_trained():
 
 @pytest.mark.parametrize("options", [{}, {"tied": False, "n_inner": 48, "bias": False}])
 def test_flops_per_token_are_what_torch_counts(options):
+    """The oracle is torch's counter, which sees each product that runs, forward and backward."""
     model = small(fused=False, **options)
     with FlopCounterMode(display=False) as counter:
         model(ids(), ids(seed=1))[1].backward()
@@ -53,6 +54,8 @@ def test_flops_per_token_are_what_torch_counts(options):
 @pytest.mark.parametrize("norm, activation, bias", list(product(
     ("pre", "post"), ("gelu", "relu"), (True, False))))
 def test_written_out_and_fused_agree_in_values_and_gradients(norm, activation, bias):
+    """The formulas are the oracle, as a paper prints them; torch's kernels, which train, must agree
+    with them in each logit and each gradient."""
     fused = small(norm=norm, activation=activation, bias=bias)
     written = small(norm=norm, activation=activation, bias=bias, fused=False)
     for model in (fused, written):
@@ -148,6 +151,8 @@ def test_cross_entropy_in_slices_is_torchs_on_floats(N, V):
 @pytest.mark.parametrize("norm, positions, fused", list(product(
     ("pre", "post"), ("learned", "sinusoidal"), (True, False))))
 def test_no_gradient_flows_from_a_later_token(norm, positions, fused):
+    """The gradient is the oracle: it reaches every input that an output depends on, whichever way
+    the mask is made, and must stop at the output's own token."""
     model = small(norm=norm, positions=positions, fused=fused)
     seen = {}
     model.drop.register_forward_hook(lambda m, i, x: seen.update(x=x.retain_grad() or x))

@@ -68,6 +68,7 @@ def random_model(**options):
 
 @pytest.mark.parametrize("options", SHAPES)
 def test_transformers_weights_give_its_logits_and_text(twin, gpt2, options):
+    """The oracle is transformers' GPT-2: from the same weights come its logits and its text."""
     theirs = twin(**options)
     ours, tokenizer = load("twin")
     idx = torch.randint(50257, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -252,6 +252,8 @@ def apply(word, token):
 
 
 def test_the_trainer_learns_what_a_naive_one_does():
+    """naive_bpe() is the oracle: it recounts every pair for each token, as the algorithm is defined,
+    and is too slow for anything else."""
     assert learn_bpe({"banana": 1, "ban": 2}, 2) == [b"an", b"ban"]
     for seed in range(30):
         rng = random.Random(seed)
@@ -314,6 +316,8 @@ def derivations(grammar):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_two_derivations_write_the_same_story_and_all_add_up_to_one(seed):
+    """Then -log p of a derivation is -log p of its text, and their mean the entropy. Enumerating all
+    that a small part of the grammar can write proves both at once."""
     rng = random.Random(seed)
     some = {rule: rng.sample(options, min(len(options), 2 if rng.random() < 0.15 else 1))
             for rule, options in GRAMMAR.items()}

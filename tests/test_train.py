@@ -130,6 +130,8 @@ def test_random_seeds_differ_in_purpose_and_step_only():
 # ---- evaluation ----
 
 def test_evaluation_is_the_token_by_token_sum(small):
+    """The oracle is the definition: one token at a time, in float64, -log p of the token that came.
+    A batched evaluation that skips, repeats or shifts a token gets another sum."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 50, 2, 2, 16)).eval()
     tokens = torch.randint(50, (100,)).numpy().astype(np.uint16)
@@ -215,6 +217,7 @@ def test_progress_is_for_terminals_only(small, monkeypatch, capsys):
 # ---- optimizers and schedule ----
 
 def test_adamw_from_first_principles_is_torchs():
+    """torch's AdamW is the oracle of ours: 20 steps on the same gradients."""
     torch.manual_seed(0)
     start = [torch.randn(7, 5), torch.randn(5)]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
@@ -230,6 +233,7 @@ def test_adamw_from_first_principles_is_torchs():
 
 
 def test_muon_is_torchs():
+    """torch's Muon is the oracle, with the scale that makes an update as large as AdamW's."""
     torch.manual_seed(0)
     shapes = [(16, 48), (48, 16), (16, 48), (16, 16)]
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -370,6 +374,7 @@ def test_a_model_learns_what_can_be_learned(train):
     ["--layerdrop=0.3"],
     ["--gradient_accumulation_steps=3", "--label_smoothing=0.1"]])
 def test_three_steps_and_three_more_are_six(train, options):
+    """The uninterrupted run is the oracle: all weights and figures must be its own, bit for bit."""
     options = ["--dropout=0.3", "--lr_decay_iters=6", "--snapshot_interval=3", *options]
     train(*options)
     whole, rows = weights(), metrics()
@@ -577,6 +582,8 @@ def tell(run):
 
 
 def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_close(tell):
+    """The grammar's entropy is known exactly and no model of the text can have a lower loss, so a
+    leak of targets into inputs or a wrong mean would show as a loss below it."""
     done = tell()
     floor = json.loads(Path("data/tales/meta.json").read_text())["splits"]["val"]["nats_per_token"]
     found = [float(row["val"]) for row in metrics("out/tell")]

@@ -70,6 +70,8 @@ def steps():
 
 @pytest.mark.parametrize("options", [[], slow(["--layerdrop=0.4"])])
 def test_two_processes_take_the_steps_of_one(train, options):
+    """One process with the same 8 batches is the oracle of two that share them. First moments show
+    each gradient of the first step, where a factor of two would hide in AdamW's update."""
     options = ["--gradient_accumulation_steps=8", "--dropout=0.1", "--max_iters=20",
                "--snapshot_interval=1", *options]
     train(*options, "--out_dir=out/one")
