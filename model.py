@@ -4,7 +4,7 @@ line that says so stand files, tokenizers and speed.
     text -> ids (B, T) -> embeddings (B, T, C) -> n_layer x Block -> (B, T, C) -> logits (B, T, V)
 
 B batch, T tokens, S tokens seen so far (T, or more with a cache), C channels (n_embd), H heads,
-D channels of a head (C / H), V vocabulary. Modules have the names of OpenAI's weights:
+D channels of a head (C / H), V vocabulary. Modules are named as GPT-2's weights are:
 
     wte, wpe          embeddings: of the tokens, of the positions
     h                 the blocks, in each: ln_1, attn, ln_2, mlp
@@ -62,22 +62,22 @@ class GPTConfig:
 # ---- the formulas; torch's fused kernels compute the same, faster ----
 
 def layer_norm(x, shape, weight, bias=None, eps=1e-5):
-    """Gives each token's channels mean 0 and variance 1, then weight and bias (Ba et al.
-    2016). Takes what F.layer_norm takes; shape is that of weight."""
+    """Gives each token's channels mean 0 and variance 1, then scales and shifts them (Ba et
+    al. 2016). shape is for F.layer_norm alone, for which this stands in."""
     x = x - x.mean(dim=-1, keepdim=True)
     x = x / (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
     return x if bias is None else x + bias
 
 def gelu(x):
-    """Nearly x Phi(x), the exact GELU, in GPT-2's form (Hendrycks & Gimpel 2016)."""
+    """GPT-2's form of x Phi(x), Phi the normal distribution's (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 def attention_weights(q, k):
-    """softmax(Q K^T / sqrt(D) + mask): how much each of T tokens looks at each of S, never at
-    a later one (Vaswani et al. 2017). (B, H, T, D) and (B, H, S, D) -> (B, H, T, S)."""
+    """softmax(Q K^T / sqrt(D) + mask): how much each of T tokens, the last of S, looks at each
+    of S (Vaswani et al. 2017). (B, H, T, D) and (B, H, S, D) -> (B, H, T, S)."""
     T, D, S = *q.shape[2:], k.shape[2]
-    mask = q.new_full((T, S), -math.inf).triu(S - T + 1)     # the queries are the last T of S
-    return (q @ k.mT / math.sqrt(D) + mask).softmax(dim=-1)
+    mask = q.new_full((T, S), -math.inf).triu(S - T + 1)     # later tokens weigh e^-inf = 0
+    return (q @ k.mT / math.sqrt(D) + mask).softmax(dim=-1)  # sqrt(D): to variance 1
 
 def attention(q, k, v, dropout=nn.Identity()):
     """softmax(Q K^T / sqrt(D) + mask) V: for each token a mean of the values, by its weights.
@@ -98,10 +98,10 @@ ACTIVATIONS = {  # name: (formula, fused kernel)
 CHOICES = {"positions": ("learned", "sinusoidal"), "norm": ("pre", "post"),
            "activation": ACTIVATIONS}
 
-# ---- the network ----
+# ---- the network; Linear and Dropout are torch's, made faster at the end of this file ----
 
 class LayerNorm(nn.Module):
-    """Keeps the numbers in a range that the next layer can learn from, token by token."""
+    """Keeps each token's numbers in one range: (x - mean) / std * weight + bias."""
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))  # one gain for each channel
@@ -112,8 +112,8 @@ class LayerNorm(nn.Module):
         return self.normalize(x, self.weight.shape, self.weight, self.bias)
 
 class CausalSelfAttention(nn.Module):
-    """Where tokens learn from each other: each takes in the values of those up to it, most of
-    those whose keys fit its query. H heads do so side by side, each in D of the channels."""
+    """Where tokens learn from each other: each takes a mean of the values of the tokens up to
+    it, weighted by how well their keys fit its query. H heads do so, each in D channels."""
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
@@ -131,11 +131,11 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, H, T, D) each
 
-        # When text is written, the keys and values of earlier tokens are there already.
+        # When text is written, the cache holds the keys and values of earlier tokens.
         if cache is not None:
             k, v = cache.append(self.layer, k, v)            # (B, H, S, D)
         if maps is not None:
-            maps.append(attention_weights(q, k))             # (B, H, T, S), to be looked at
+            maps.append(attention_weights(q, k))             # (B, H, T, S), for a picture
 
         y = self.attention(q, k, v, self.attn_dropout)       # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)               # the heads side by side again
@@ -145,11 +145,11 @@ class MLP(nn.Module):
     """Where each token is worked on by itself: c_proj(activation(c_fc(x)))."""
     def __init__(self, config):
         super().__init__()
-        width = config.n_inner or 4 * config.n_embd          # more room to think in
+        width = config.n_inner or 4 * config.n_embd          # as GPT-2, room for more features
         self.c_fc = Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
-        self.activation = ACTIVATIONS[config.activation][config.fused]
+        self.activation = ACTIVATIONS[config.activation][config.fused]  # of a pair, 0 or 1
 
     def forward(self, x):
         x = self.activation(self.c_fc(x))                    # (B, T, 4C)
@@ -188,7 +188,7 @@ class GPT(nn.Module):
         self.ln_f = LayerNorm(config) if config.norm == "pre" else nn.Identity()
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.wte.weight            # tokens alike in, alike out
+            self.lm_head.weight = self.wte.weight            # one matrix for in and out
         self.init_weights()
 
     def forward(self, ids, targets=None):
@@ -197,23 +197,23 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(ids))              # (B, T, V): scores of each next token
         if targets is None:
             return logits, None
-        smoothing = self.config.label_smoothing * self.training
+        smoothing = self.config.label_smoothing * self.training  # 0 in evaluation
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten(), smoothing)
 
     def hidden(self, ids, cache=None, maps=None):
         """(B, T) ids -> (B, T, C), what lm_head reads. With a cache, ids follow the tokens in
-        it, and join them. A list of maps receives the attention weights of each layer."""
-        start, T = (0 if cache is None else cache.length), ids.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit a context of "
+        it, and join them. The list maps receives the attention weights of each layer."""
+        past, T = (0 if cache is None else cache.length), ids.shape[1]
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit a context of "
                              f"{self.config.block_size}, crop them to the last block_size")
 
         x = self.wte(ids)                                    # (B, T, C): what each token is
-        if self.config.scale_embedding:
+        if self.config.scale_embedding:                      # else wpe would drown it
             x = x * math.sqrt(self.config.n_embd)
-        x = x + self.wpe.weight[start:start + T]             # and where it stands
+        x = x + self.wpe.weight[past:past + T]               # and where it stands
         x = self.drop(x)
-        layerdrop = self.config.layerdrop * self.training    # 0 in evaluation
+        layerdrop = self.config.layerdrop * self.training
         for block in self.h:
             if layerdrop == 0 or torch.rand(()) >= layerdrop:
                 x = block(x, cache, maps)                    # (B, T, C)
@@ -223,16 +223,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices are N(0, 0.02), but c_proj, of which the residual stream adds up 2 n_layer,
-        N(0, 0.02 / sqrt(2 n_layer)); biases 0; LayerNorm's weights 1; sinusoids fixed. An
-        untrained loss is then about ln(vocab_size) + 0.0002 n_embd; of a tied model with
+        """Matrices are normal with std 0.02; the 2 n_layer c_proj, whose outputs the residual
+        stream adds up, with 0.02 / sqrt(2 n_layer); biases 0; LayerNorm's weights 1; sinusoids
+        fixed. An untrained loss is then about ln(vocab_size) + 0.0002 n_embd; of a tied model with
         scaled embeddings more, as it repeats the last token."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        small = 0.02 / math.sqrt(2 * self.config.n_layer)    # 2 n_layer of them add up to one
+        small = 0.02 / math.sqrt(2 * self.config.n_layer)    # together they add std 0.02
         for block in self.h:
             nn.init.normal_(block.attn.c_proj.weight, std=small)
             nn.init.normal_(block.mlp.c_proj.weight, std=small)
@@ -251,7 +251,7 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """(B, T) ids -> these and up to max_new_tokens more, in eval mode; options of stream."""
+        """(B, T) ids -> these and up to max_new_tokens more, by stream(); eval() first."""
         options |= {"temperature": temperature, "top_k": top_k or 0}
         return torch.cat((ids, *stream(self, ids, max_new_tokens, **options)), dim=1)
 
@@ -263,8 +263,8 @@ class KVCache:
     def __init__(self, config, rows, like):
         shape = 2, rows, config.n_head, config.block_size, config.n_embd // config.n_head
         self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
-        self.length = 0  # tokens in it
-        self.start = 0   # where in the text the first of them stands
+        self.length = 0  # tokens in it; GPT.hidden() adds those all layers have got
+        self.first = 0   # where in the text the first of them stands
 
     def append(self, layer, k, v):
         """Stores a layer's new k and v, (B, H, T, D). Returns all, (B, H, S, D) each."""
@@ -277,14 +277,14 @@ class KVCache:
 @torch.inference_mode()
 def next_logits(model, ids, cache, read_token=None):
     """(B, T) ids -> (B, V) float logits of the token after them. Reads what the cache lacks of
-    ids: after the first call one token, by read_token in place of model.hidden, if given."""
+    ids: after the first call one token, by read_token (a compiled model.hidden), if given."""
     T, block_size = ids.shape[1], model.config.block_size
-    if T - cache.start > block_size:
-        # The text has outgrown the context: read its last block_size tokens; where it grows
-        # token by token only half as many, which leaves room for block_size / 2 more.
+    if T - cache.first > block_size:
+        # The text has outgrown the context: read its last block_size tokens. In a stream (the
+        # cache is not empty) only half as many, so that block_size / 2 more find room.
         kept = max(1, block_size // 2) if cache.length else block_size
-        cache.start, cache.length = T - kept, 0
-    new = ids[:, cache.start + cache.length:]
+        cache.first, cache.length = T - kept, 0
+    new = ids[:, cache.first + cache.length:]
     read = read_token if read_token and new.shape[1] == 1 else model.hidden
     states = read(new, cache)                                # (B, T, C)
     return model.lm_head(states[:, -1]).float()
@@ -294,7 +294,7 @@ def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=Non
            read_token=None, **filters):
     """Yields the ids (B, 1) that continue ids (B, T), up to max_new_tokens times: samples of
     filter_logits(**filters) below vocab_size, row i by generators[i], if given. A row that has
-    written eot repeats it; the stream ends when all have. The model must be in eval mode."""
+    written eot, the end of a text, repeats it; the stream ends when all have. In eval mode."""
     cache = KVCache(model.config, len(ids), model.wte.weight)
     ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
@@ -326,7 +326,7 @@ def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, to
     if top_p < 1:                # the fewest that together reach p (Holtzman et al. 2020)
         probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # the likelier ones are enough
-        logits = logits.masked_fill(beyond.scatter(1, ids, beyond), -math.inf)
+        logits = logits.masked_fill(beyond.scatter(1, ids, beyond), -math.inf)  # by id
     if min_p > 0:                # those with this share of the largest (Nguyen et al. 2024)
         probs = logits.softmax(dim=-1)
         least = min_p * probs.amax(dim=-1, keepdim=True)
@@ -339,7 +339,7 @@ def sample_ids(logits, generators=None):
     numbers = [torch.rand(1, generator=g) for g in generators or [None] * len(logits)]
     ends = logits.softmax(dim=-1).cumsum(dim=-1)
     points = torch.stack(numbers).to(logits.device) * ends[:, -1:] * (1 - 1e-6)  # < last end
-    return torch.searchsorted(ends, points, right=True)
+    return torch.searchsorted(ends, points, right=True)  # right: never at a probability of 0
 
 # ======== You have read GPT-2. What follows is files, text and speed. ========
 
@@ -357,7 +357,8 @@ def check_config(c):
     for name in ("dropout", "label_smoothing", "layerdrop"):
         check(0 <= getattr(c, name) < 1, f"{name} must be from 0 to below 1")
     for name, choices in CHOICES.items():
-        check(getattr(c, name) in choices, f"{name} must be {' or '.join(choices)}")
+        check(getattr(c, name) in choices,
+              f"{name} must be {' or '.join(choices)}, not {getattr(c, name)}")
     check(c.n_embd % c.n_head == 0, "n_embd must be a multiple of n_head")
     check(c.n_inner >= 0, "n_inner must be a width, or 0 for 4 * n_embd")
     check(not c.scale_embedding or c.positions == "sinusoidal",
@@ -400,7 +401,7 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
     """{"model": GPT in eval mode, "tokenizer": ..., and what else is in it} of a .pt file, ours
     or nanoGPT's; a folder with GPT-2's two files; or gpt2..., fetched from the Hugging Face Hub
     to cache_dir once. changes replace values of the config. Raises ValueError or OSError."""
-    path, remedy = Path(source), ", train again"
+    path, remedy = Path(source), ""
     if source in PRETRAINED:
         path, remedy = Path(cache_dir, source), ", remove it to fetch it again"
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -411,8 +412,9 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one; or give "
                                 f"{', '.join(PRETRAINED)}, a folder or a .pt file")
-    elif others := sorted(other.name for other in path.parent.glob("*.pt") if other != path):
-        remedy = f", try --checkpoint={' or '.join(others)}"
+    elif path.suffix == ".pt":
+        others = sorted(p.name for p in path.parent.glob("*.pt") if p != path)
+        remedy = f", try --checkpoint={' or '.join(others)}" if others else ", train again"
     with reading(path, remedy):
         read = read_gpt2 if path.is_dir() else read_pt
         config, weights, spec, saved = read(path)
@@ -439,7 +441,7 @@ def build(config, weights, spec, **changes):
         model = GPT(config)
     model.load_state_dict(weights, assign=True)  # a copy would take the memory twice
     if config.tied:
-        model.lm_head.weight = model.wte.weight
+        model.lm_head.weight = model.wte.weight  # assign has made them two
     return model.eval(), tokenizer
 
 def read_pt(path):
@@ -471,7 +473,7 @@ PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FILES = ("config.json", "model.safetensors")
 # These matrices GPT-2 keeps as (in, out), torch.nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")
-ACTIVATION_NAMES = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}  # transformers'
+ACTIVATION_NAMES = {"gelu_new": "gelu", "gelu": "gelu_erf", "relu": "relu"}  # theirs: ours
 # What else a GPT2Config may say, and the value for which the formulas above are right.
 ASSUMED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
            "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -486,11 +488,11 @@ def read_gpt2(folder):
     for name, value in ASSUMED.items():
         check(theirs.get(name, value) == value,
               f"its {name} is {theirs.get(name)!r}, only {value!r} is GPT-2's")
-    ours = {theirs: ours for ours, theirs in ACTIVATION_NAMES.items()}
+    activation = theirs.get("activation_function", "gelu_new")
     config = GPTConfig(
         theirs["n_positions"], theirs["vocab_size"], theirs["n_layer"], theirs["n_head"],
         theirs["n_embd"], theirs.get("n_inner") or 0, theirs.get("resid_pdrop", 0.1),
-        activation=ours[theirs.get("activation_function", "gelu_new")],
+        activation=ACTIVATION_NAMES.get(activation, activation),
         tied=theirs.get("tie_word_embeddings", True))
     weights, metadata = read_safetensors(folder / "model.safetensors")
     for name in weights:
@@ -499,7 +501,7 @@ def read_gpt2(folder):
     return config, weights, json.loads(metadata.get("tokenizer", '{"kind": "gpt2"}')), {}
 
 def read_safetensors(path):
-    """({name: tensor}, metadata) of a file: 8 bytes of length, a JSON header so long, then the
+    """({name: tensor}, metadata) of a file: 8 bytes, the length of a JSON header; the header; the
     numbers, one tensor after another. Raises ValueError where it is not just that."""
     weights, end, size = {}, 0, path.stat().st_size
     damaged = f"{path.name} is damaged, fetch it again: "
@@ -516,16 +518,15 @@ def read_safetensors(path):
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # a mask, which some versions keep among the weights
             w = weights[name] = raw.view(FLOATS[entry["dtype"]]).view(entry["shape"])
-            finite = torch.stack(w.aminmax()).isfinite().all()
-            check(finite, damaged + f"{name} is not finite")
+            check(torch.stack(w.aminmax()).isfinite().all(), damaged + f"{name} is not finite")
     check(8 + length + end == size, damaged + "it is cut short or goes on")
     return weights, metadata
 
 # ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (JSON) ----
 
 EOT = "<|endoftext|>"  # how text writes eot, the id that ends a story
-# What a byte-pair token of our own never reaches across: a word with the blank before it, a
-# digit, a run of punctuation, one of line ends, any other blank.
+# Text is cut into these pieces, and no byte-pair token of our own spans two: a word with the
+# blank before it, a digit, a run of punctuation or of line ends, any other blank.
 PIECES = r" ?[^\W\d_]+(?:'[^\W\d_]+)*| ?\d| ?(?:[^\s\w]|_)+|\n+|\s"
 
 class CharTokenizer:
@@ -584,7 +585,7 @@ class BPETokenizer:
             pieces, ranks = PIECES, {token: rank for rank, token in enumerate(tokens)}
             check(len(ranks) == len(tokens), "a byte-pair vocabulary must repeat no token")
         self.spec, self.vocab_size, self.eot = spec, len(ranks) + 1, len(ranks)
-        # Not the one that tiktoken hands out: for its scratch space threads would wait.
+        # Our own instance: threads would wait for each other in the one that tiktoken shares.
         self.encoding = tiktoken.Encoding(spec["kind"], pat_str=pieces, mergeable_ranks=ranks,
                                           special_tokens={EOT: self.eot})
 
@@ -616,8 +617,8 @@ def read_text(path):
                          f"as iconv does") from None
 
 def encode_prompt(tokenizer, start):
-    """(1, T) ids of a prompt, or of the file that FILE:path names; an empty one is the end of
-    the text before. Raises OSError or ValueError."""
+    """(1, T) ids of a prompt, or of the file that FILE:path names; an empty one becomes
+    EOT, as if a text had just ended. Raises OSError or ValueError."""
     text = read_text(start[5:]) if start.startswith("FILE:") else start
     check(text or tokenizer.eot is not None, "--start is empty, give at least one character")
     return torch.tensor([tokenizer.encode(text or EOT).tolist()])
@@ -637,20 +638,20 @@ def pick_device(name):
 
 def pick_dtype(name, device, large):
     """The torch.dtype of a setting. auto: bfloat16 where the machine has it and the model is
-    large enough to gain; float16 on older GPUs; else float32. float16 on a CPU means auto."""
+    large enough to gain; float16 on older GPUs; else float32. float16 off CUDA means auto."""
     if name not in ("auto", "float16") or name == "float16" and device.type == "cuda":
         return getattr(torch, name)
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     fast = device.type != "cpu" or large and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
-def compiled(wanted, device, build):
-    """What build() compiles and runs, where that is wanted, auto (on CUDA) or true, and works;
-    else None."""
+def compiled(wanted, device, attempt):
+    """The result of attempt(), which compiles and runs, where wanted: true, or auto on CUDA. None
+    where it is not, or does not work."""
     if wanted == "true" or wanted == "auto" and device.type == "cuda":
         try:
-            return build()
+            return attempt()
         except RuntimeError as error:  # what torch.compile's errors have in common
             print(f"torch.compile does not work here ({type(error).__name__}), going on "
                   f"without it", file=sys.stderr)
@@ -661,9 +662,9 @@ def show_progress(text):
         print(f"\r{text:<79.79}", end="\r", file=sys.stderr, flush=True)
 
 def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
-    """Fetches a file to path from the first of urls that serves it whole; returns path. What a
-    broken transfer brought stays at path.part, where the next goes on; with limit, so many
-    bytes are enough, and it returns path.part. OSError after tries rounds without a byte."""
+    """Fetches a file to path from the first of urls that serves it whole; returns path. A cut
+    transfer leaves path.part, which the next continues; with limit, that many bytes are enough,
+    and it returns path.part. Raises OSError after tries rounds in a row without a byte."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.touch()
@@ -685,8 +686,8 @@ def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=
     raise OSError(f"{path.name} could not be downloaded ({answers}), try again or {remedy}")
 
 def fetch(url, part, sha256, limit, timeout):
-    """Appends to part what it lacks of url, up to limit bytes. Returns "whole" or what is wrong:
-    its size or its sha256, if not given the one that the Hugging Face Hub states."""
+    """Appends to part what it lacks of url, up to limit bytes. Returns "whole" or what is
+    wrong: the size, or the sha256 (if "", the one that the Hugging Face Hub states)."""
     have = total = part.stat().st_size
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-{limit - 1 if limit else ''}"}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
@@ -723,12 +724,12 @@ def sha256_of(path):
 # ---- the same on a CPU, faster: each figure here is one of tests/benchmark.py ----
 
 def fused_attention(q, k, v, dropout):
-    """attention() by a kernel that never holds the (T, S) weights (Dao et al. 2022); where it
-    is slow, on a CPU, with all heads in one batch and the mask added inside Q K^T."""
+    """attention() by a kernel that never holds the (T, S) weights (Dao et al. 2022). Where that
+    is slow, on a CPU, or wrong, for 1 < T < S, one product of all heads adds the mask itself."""
     B, H, T, D = q.shape
     S, p = k.shape[2], dropout.p * dropout.training
     slow = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16 and S <= 512)
-    if T == 1 or T == S and not slow:
+    if T == 1 or T == S and not slow:  # is_causal takes the queries for the first T of S
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
     mask = q.new_full((T, S), -math.inf).triu(S - T + 1)
@@ -745,8 +746,8 @@ class Linear(nn.Linear):
         return y if self.bias is None else y.add_(self.bias)
 
 class Dropout(nn.Dropout):
-    """nn.Dropout: zero by chance p, else divided by 1 - p (Srivastava et al. 2014). On a CPU its
-    random numbers are half of a step; here they are bits that turn into the factor in place."""
+    """nn.Dropout: zero by chance p, else divided by 1 - p (Srivastava et al. 2014). On a CPU
+    random numbers take half of a step; here bits are drawn, and made into factors in place."""
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
@@ -760,7 +761,7 @@ class Dropout(nn.Dropout):
         bits = bits.random_(-2 ** 63, None).view(integer)[:x.numel()].view(x.shape)
         keep = bits.ge_(zeros - values // 2)             # 0 or 1
         factor = torch.tensor(values / (values - zeros), dtype=x.dtype)
-        return x * keep.mul_(factor.view(integer)).view(x.dtype)
+        return x * keep.mul_(factor.view(integer)).view(x.dtype)  # the bits of 0.0 or factor
 
 def cross_entropy(logits, targets, smoothing=0.0):
     """The mean of -log softmax(logits)[target] in nats, float, over the targets (N,) that are
@@ -772,10 +773,10 @@ def cross_entropy(logits, targets, smoothing=0.0):
 
 class SlicedCrossEntropy(torch.autograd.Function):
     """cross_entropy() and its gradient at once, in slices that stay in a CPU's cache: half of
-    torch's time, and 0.4 GB less for 1024 tokens of GPT-2's."""
+    torch's time, and 0.4 GB less for 1024 of GPT-2's tokens."""
     @staticmethod
     def forward(ctx, logits, targets):
-        rows = max(1, 2 ** 19 // logits.shape[1])
+        rows = max(1, 2 ** 19 // logits.shape[1])            # 2 MB of floats
         weights = (targets >= 0) / (targets >= 0).sum()
         columns = targets.clamp(min=0)[:, None], weights[:, None]
         loss, gradient = torch.zeros(()), torch.empty_like(logits)

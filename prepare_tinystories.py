@@ -42,7 +42,7 @@ tokenizer = "char"       # char, byte, gpt2, or bpe: learned from the training s
 vocab_size = 4096        # of bpe: 256 bytes, end of text, and what is learned
 bpe_sample = 50_000_000  # characters, the first of the training stories, that bpe learns from
 # Machine
-workers = 0              # threads that encode; 0: one for each core
+workers = 0              # threads that encode; 0: one for each core, at most 16
 chunk_size = 1_000_000   # bytes that one of them encodes at a time
 hub = "https://huggingface.co"  # or a mirror of it
 # Output
@@ -55,7 +55,7 @@ LONGEST = 16_000_000     # bytes; what is longer is no story
 
 def main():
     check_settings()
-    kind = {"grammar": "grammar"}.get(source, "tinystories")
+    kind = "grammar" if source == "grammar" else "tinystories"
     folder = Path("data", dataset or f"{kind}_{tokenizer}")
     paths, val_paths = [], []
     if source not in (*HUB_FILES, "grammar"):
@@ -91,12 +91,11 @@ def main():
         if source == "grammar":
             for split, counts in meta["splits"].items():
                 total = nats[chosen[split]].sum()
-                counts["nats_per_token"] = total / (counts["tokens"] - 1)  # but the first
+                counts["nats_per_token"] = total / (counts["tokens"] - 1)  # the first is no target
                 counts["nats_per_character"] = total / counts["characters"]
         write_meta(folder, meta | {"made_by": made_by, "read": read})
-    usual = {("grammar", tokenizer): "quickstart", (kind, "byte"): "tinystories_char"}.get(
-        (kind, tokenizer), f"tinystories_{tokenizer}")
-    config = config_file(f"config/{usual}.py")
+    usual = f"tinystories_{'char' if tokenizer == 'byte' else tokenizer}"
+    config = config_file(f"config/{'quickstart' if source == 'grammar' else usual}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
 
 def check_settings():
@@ -132,7 +131,7 @@ def from_hub(name, wanted=0):
     ends where so many stories have come."""
     path = Path("data") / name
     url = f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{name}"
-    limit = 500 * wanted  # a story is longer: what has come then tells how much longer
+    limit = 500 * wanted  # too low a guess; what has come tells their mean length
     if not path.exists():
         print(f"downloading {url}")
     while not path.exists():
@@ -192,7 +191,7 @@ def assign_splits(count):
     order = np.arange(count, dtype=np.uint32)
     np.random.default_rng(seed).shuffle(order)
     used = round(fraction * count)
-    shares = {"val": val_fraction * (not val_source), "test": test_fraction}
+    shares = {"val": 0 if val_source else val_fraction, "test": test_fraction}
     sizes = {split: round(share * used) for split, share in shares.items() if share}
     sizes = {"train": used - sum(sizes.values())} | sizes
     chosen, first = {}, 0
@@ -249,7 +248,7 @@ def learn_bpe(counts, merges):
     words = [[bytes([byte]) for byte in piece.encode()] for piece in counts]
     times = list(counts.values())
     met = Counter()             # {token that two neighbours would make: how often they meet}
-    where = defaultdict(set)    # {the same: in which words}
+    where = defaultdict(set)    # {that token: the words it would be in}
     for i, word in enumerate(words):
         for pair in map(bytes.__add__, word, word[1:]):
             met[pair] += times[i]

@@ -64,7 +64,7 @@ def main():
         if export:
             write_pretrained(model, tokenizer, Path(export))
             return print(f"{source} as {export}, for AutoModelForCausalLM.from_pretrained")
-    # Reading the weights takes most of the time: half as many bytes, if the model is large.
+    # Each token reads all weights from memory: half the bytes are faster, if there are many.
     model.to(pick_dtype(dtype, device, large=model.num_params() > 10e6))
     read_token = compile_reading(model, device)
     if interactive:
@@ -110,14 +110,14 @@ def newest_run():
     return paths[-1].parent
 
 def compile_reading(model, device):
-    """model.hidden compiled, to read one token after another, or None."""
-    def build():  # and write two tokens to as many rows as will be, the second one by hidden
+    """model.hidden compiled for one token at a time; None where unwanted or impossible."""
+    def attempt():  # writes two tokens to each row, the second by hidden, which compiles it
         hidden = torch.compile(model.hidden, dynamic=True)
         ids = torch.zeros(max(num_samples, num_beams), 2, dtype=torch.long, device=device)
         list(stream(model, ids, 2, read_token=hidden))
         return hidden
 
-    return compiled(compile.lower(), device, build)
+    return compiled(compile.lower(), device, attempt)
 
 def prompts():
     """Lines typed at the terminal, until one is empty or it is closed."""
@@ -133,14 +133,14 @@ def prompts():
 def write(model, tokenizer, ids, read_token=None):
     """Prints ids (1, T) and what follows, num_samples times. Returns the ids of the first."""
     prompt = tokenizer.decode(ids[0].tolist()).removeprefix(EOT)
-    limits = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size, "read_token": read_token}
+    shared = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size, "read_token": read_token}
     if num_beams > 1:
-        out = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, **limits)
+        out = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, **shared)
         text, _ = cut_at_end(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
         print(prompt + text)
         return out[0].tolist()
     generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
-    new = stream(model, ids.repeat(num_samples, 1), max_new_tokens, generators, **limits,
+    new = stream(model, ids.repeat(num_samples, 1), max_new_tokens, generators, **shared,
                  repetition_penalty=repetition_penalty, temperature=temperature,
                  top_k=top_k, top_p=top_p, min_p=min_p)
     began = time.perf_counter()
@@ -167,9 +167,10 @@ def print_one(new, tokenizer, prompt):
 def print_many(new, tokenizer, prompt):
     """Prints texts once all have ended, from an iterator of (B, 1) ids. Returns their ids."""
     rows, texts = [[] for _ in range(num_samples)], [""] * num_samples
+    done = [False] * num_samples
     for ids in new:
-        for row, token in zip(rows, ids[:, 0].tolist()):
-            row.append(token)
+        for row, ended, token in zip(rows, done, ids[:, 0].tolist()):
+            row += [] if ended else [token]
         texts, done = zip(*(cut_at_end(tokenizer.decode(row)) for row in rows))
         if all(done):
             break
@@ -193,8 +194,8 @@ def shown_part(text):
 @torch.no_grad()
 def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=None,
                 vocab_size=None, read_token=None):
-    """(1, T) ids and what follows with the largest log-probability divided by its length to the
-    power of length_penalty, among what num_beams partial texts at a time lead to."""
+    """(1, T) ids -> these and the continuation with the largest log-probability / length **
+    length_penalty among those that num_beams partial texts, kept at each length, lead to."""
     cache = KVCache(model.config, num_beams, model.wte.weight)
     rows = ids.repeat(num_beams, 1)
     scores = torch.full((num_beams, 1), -math.inf, device=ids.device)
@@ -217,7 +218,7 @@ def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=N
         alive = (~ended).nonzero()[:num_beams, 0]
         if len(alive) < num_beams or (len(finished) == num_beams and finished[-1][0] >=
                                       best[alive[0]].item() / length ** length_penalty):
-            break  # no text that goes on can beat those that have ended
+            break  # as transformers does; a longer text may win where the penalty is above 0
         rows, scores = rows[alive], best[alive, None]
         for kv in cache.layers:  # each row goes on from what its source has read
             kv[:, :, :, :cache.length] = kv[:, source[alive], :, :cache.length]
@@ -269,9 +270,10 @@ def write_pretrained(model, tokenizer, folder):
         raise ValueError("transformers' GPT-2 has neither norm=post nor positions=sinusoidal")
     with torch.device("meta"):
         expected = GPT(replace(c, bias=True, qkv_bias=True)).state_dict()
+    activation = next(name for name, ours in ACTIVATION_NAMES.items() if ours == c.activation)
     ours, weights = model.state_dict(), {}
-    for name, shape in ((name, w.shape) for name, w in expected.items()):
-        w = ours[name].float().cpu() if name in ours else torch.zeros(shape)
+    for name, empty in expected.items():  # biases that the model lacks are 0
+        w = ours[name].float().cpu() if name in ours else torch.zeros(empty.shape)
         weights[f"transformer.{name}"] = w.T if name.endswith(TRANSPOSED) else w
     head = weights.pop("transformer.lm_head.weight")
     if not c.tied:
@@ -279,7 +281,7 @@ def write_pretrained(model, tokenizer, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", weights, tokenizer.spec)
     files = {"config.json": ASSUMED | {
-        "architectures": ["GPT2LMHeadModel"], "activation_function": ACTIVATION_NAMES[c.activation],
+        "architectures": ["GPT2LMHeadModel"], "activation_function": activation,
         "n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer,
         "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner or None,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,

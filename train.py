@@ -41,7 +41,7 @@ overwrite = False            # a new run may replace the one in out_dir
 # Length
 max_iters = 5000             # steps
 max_epochs = 0.0             # passes over the training tokens; > 0 replaces max_iters
-patience = 0                 # evaluations without a better val loss that stop it; 0: any
+patience = 0                 # evaluations without a better val loss that stop it; 0: never
 # Data
 seed = 1337                  # of the weights, batches and dropout
 dataset = "shakespeare_char"  # folder under data/
@@ -74,7 +74,7 @@ weight_decay = 0.1           # on matrices only
 beta1 = 0.9
 beta2 = 0.99
 momentum = 0.95              # Muon's
-grad_clip = 1.0              # largest gradient norm; 0: any
+grad_clip = 1.0              # largest gradient norm; 0: no clipping
 # Schedule
 warmup_iters = 100           # steps of linear warm-up
 decay_lr = True              # False: learning_rate stays as it is after the warm-up
@@ -106,8 +106,8 @@ settings = configure(globals())
 FREE_ON_RESUME = {name for name, setting in declared_settings(__file__).items()
                   if setting.section in ("Run", "Length", "Evaluation and log", "Machine")}
 
-# torchrun starts world_size processes and tells each of them its rank. One takes every
-# world_size-th batch of a step, from its rank on; rank 0 prints and writes.
+# torchrun starts world_size processes and tells each of them its rank. Each takes
+# every world_size-th batch of a step, from its rank on; rank 0 prints and writes.
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def main():
@@ -115,10 +115,10 @@ def main():
     run_dir = Path(out_dir or f"out/{dataset}")
     check_settings(run_dir)
     with stop_on_error(2):
-        device = join_processes(pick_device(settings["device"]))
+        device = join_processes(pick_device(settings["device"]))  # hides the setting
     keep_memory()
-    # Mixed precision: products in amp, weights in float32. On two AMX cores a step of 4 x 64
-    # took 9 ms in float32 and 11 in bfloat16, of 4 x 128 28 and 22 (tests/benchmark.py dtype).
+    # Mixed precision: products in amp, weights in float32. On two AMX cores bfloat16 is
+    # slower with 64 channels, faster with 128 (tests/benchmark.py dtype).
     amp = pick_dtype(dtype, device, large=n_embd >= 128)
     autocast = torch.autocast(device.type, amp, enabled=amp != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
@@ -134,14 +134,15 @@ def main():
         prompt = encode_prompt(tokenizer, start) if sample_interval else None
 
     # ---- the model: of a run, new, or with the weights of others ----
-    # Besides weights and optimizers, progress is all that a resumed run needs to be the same
-    # run: batches and random numbers follow from the step.
-    source, states, progress = init_from, [], dict(
-        step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0)
+    # Weights, optimizers and progress make a resumed run the same run: batches and random
+    # numbers follow from the step.
+    progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0)
+    source, states = init_from, []
     if init_from == "resume":
         source = run_dir / (checkpoint or ("best.pt" if eval_only else "last.pt"))
         saved = load_model(source, tokenizer, device)
-        raw, progress, states = saved["model"], *training_state(saved, source, progress)
+        raw = saved["model"]
+        progress, states = training_state(saved, source, progress)
     elif init_from == "scratch":
         torch.manual_seed(random_seed("weights"))
         raw = GPT(config).to(device)
@@ -162,7 +163,7 @@ def main():
     if init_from == "resume":
         restore(stateful, states, source)
     compile_blocks(raw, autocast, data["train"], device)
-    model = raw  # stays beside it: the one that is evaluated and saved
+    model = raw  # DDP may wrap model; raw is evaluated and saved
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True,
                                                     find_unused_parameters=layerdrop > 0)
@@ -173,9 +174,9 @@ def main():
     steps_per_epoch = data["train"].per_epoch / rows
     first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
-    require(first < steps or not first, f"{source} has {first} steps, raise --max_iters")
+    require(first < steps or not first, f"{source} has {first} steps, raise --max_iters or --max_epochs")
     require(not profile or steps - first >= 3 + profile,
-            f"--profile={profile} needs {3 + profile} steps, raise --max_iters")
+            f"--profile={profile} needs {3 + profile} steps, raise --max_iters or --max_epochs")
     print(f"{optimizer} on {device} in {str(amp)[6:]}: {steps:,} steps of "
           f"{rows * block_size:,} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
           + f", {world_size} processes" * (world_size > 1))
@@ -193,26 +194,27 @@ def main():
         loss = torch.zeros((), device=device)
         for micro in range(rank, gradient_accumulation_steps, world_size):
             x, y = batch(data["train"], step, micro, device)
-            if dropout or layerdrop:  # else nothing is random, and this 2% of a small step
+            if dropout or layerdrop:  # else nothing is random, and seeding costs time
                 torch.manual_seed(random_seed("dropout", step, micro))
             last = micro + world_size >= gradient_accumulation_steps
-            model.require_backward_grad_sync = last or layerdrop > 0  # DDP: once a step
-            # Gradients of micro-steps add up, and we want their mean: each takes its share.
-            # Those of processes are averaged, and we want their sum.
+            # backward() adds up micro-steps, DDP averages processes (at the last; with layerdrop
+            # at each, as the last may skip a block). We want the mean of all.
+            model.require_backward_grad_sync = last or layerdrop > 0
             share = forward(x, y)[1] / gradient_accumulation_steps
             scaler.scale(share * world_size).backward()
             loss += share.detach()
 
-        # Clip: scale all gradients down to a norm of grad_clip, where theirs is larger.
+        # Undo float16's scale, then clip: scale the gradients down to a norm of grad_clip.
         for opt in optimizers:
             scaler.unscale_(opt)
         by_layer = norms_by_layer(raw) if log_grad_norms and every(log_interval, step + 1) else {}
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = total.item()
-        if 0 < grad_clip < norm:
+        grad_norm = total.item()
+        if 0 < grad_clip < grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, total)
+        # What all processes must know of each: the loss, and who has received which signal.
         loss, *stops = summed(device, loss.item(), *(number in signals for number in SIGNALS))
-        require_finite(step + 1, loss=loss, gradient=0.0 if scaler.is_enabled() else norm)
+        require_finite(step + 1, loss=loss, gradient=0.0 if scaler.is_enabled() else grad_norm)
 
         # Update. A float16 step whose gradients overflow the scaler skips, and scales less.
         for opt in optimizers:
@@ -226,7 +228,7 @@ def main():
 
         # ---- what follows only looks, and saves ----
         done, now = step + 1, time.time()
-        row = {"step": done, "loss": loss, "lr": lr, "norm": norm,
+        row = {"step": done, "loss": loss, "lr": lr, "norm": grad_norm,
                "ms": 1000 * (now - step_began), "tok/s": rows * block_size / (now - step_began),
                "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints that are due
@@ -248,7 +250,7 @@ def main():
             require_finite(done, val=row.get("val", 0.0),
                            weights=nn.utils.get_total_norm(parameters).item())
             progress |= {"step": done, "seconds": time.time() - began}
-            names.append("last.pt")  # the last: a kill before it costs none of the others
+            names.append("last.pt")  # after best.pt, on which its progress counts
             for name in names if rank == 0 else ():
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
                                 progress=progress, states=[part.state_dict() for part in stateful])
@@ -278,7 +280,7 @@ def check_settings(run_dir):
     require(init_from == "resume" or eval_only or overwrite or not any(run_dir.glob("*.pt")),
             f"{run_dir} holds a run: give --init_from=resume, --overwrite=True or another "
             f"--out_dir")
-    if plot and not find_spec("matplotlib"):
+    if rank == 0 and plot and not find_spec("matplotlib"):
         print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
 
 # ---- data ----
@@ -314,8 +316,8 @@ def load_dataset(folder):
     return meta, tokenizer, data
 
 class Windows:
-    """The rows of a split of (N,) ids: windows of block_size tokens and the one after, side by
-    side, in each epoch from another first place on, its phase."""
+    """The rows of a split of (N,) ids: windows of block_size inputs, their targets one further,
+    side by side. In each epoch the first begins at another phase, so that cuts move."""
     cut = 0
     def __init__(self, tokens):
         self.tokens = tokens
@@ -324,12 +326,12 @@ class Windows:
         self.per_epoch = (len(tokens) - self.phases) // block_size  # that fit in any phase
 
     def span(self, row, phase=0):
-        """The places of a row's first input and last target: of row 1 of 8 tokens, 8 and 16."""
+        """The places of a row's first input and last target; with block_size 8, (8, 16) of row 1."""
         first = phase + block_size * row
         return first, min(first + block_size, len(self.tokens) - 1)
 
 class Documents:
-    """The rows of a split: its documents, cut at block_size, each behind the end of another."""
+    """The rows of a split: its documents, each with the eot before it, cut at block_size."""
     phases = 1
     def __init__(self, tokens, eot):
         self.tokens = tokens
@@ -378,8 +380,8 @@ def batch(rows, step, micro, device="cpu"):
 # ---- optimizers and schedule ----
 
 def make_optimizers(model):
-    """The one of OPTIMIZERS for all parameters, or two, the second for matrices of the blocks.
-    Weight decay is for matrices (embeddings too), not for biases and gains."""
+    """The first of a pair in OPTIMIZERS for all parameters, or both, the second for matrices of
+    blocks. Weight decay is for matrices (embeddings too), not for biases and gains."""
     first, second = OPTIMIZERS[optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = dict.fromkeys(p for p in model.h.parameters() if p.dim() == 2 and second)
@@ -414,9 +416,9 @@ class AdamW(torch.optim.Optimizer):
                 p -= lr * m_hat / (v_hat.sqrt() + group["eps"])
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made a matrix whose singular values are all about 1 (Jordan et al. 2024), of
-    the size of AdamW's updates (Liu et al. 2025): one learning rate serves both. Matrices of one
-    shape go together, in half of torch.optim.Muon's time."""
+    """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024), as
+    large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape go
+    together, in half of torch.optim.Muon's time."""
     def __init__(self, params, lr, momentum, weight_decay=0.0):
         shapes = {}
         for p in params:
@@ -435,7 +437,7 @@ class Muon(torch.optim.Optimizer):
             g = torch.stack([p.grad for p in params])           # (N, rows, columns)
             m = torch.stack(means).lerp_(g, 1 - beta)           # beta m + (1 - beta) g
             updates = orthogonal(g.lerp_(m, beta))              # Nesterov's, one step ahead
-            size = 0.2 * math.sqrt(max(g.shape[1:]))            # that of AdamW's
+            size = 0.2 * math.sqrt(max(g.shape[1:]))            # mean square as AdamW's
             for p, mean, new, update in zip(params, means, m, updates):
                 mean.copy_(new)
                 p *= 1 - lr * group["weight_decay"]
@@ -499,7 +501,7 @@ def evaluate(forward, rows, device="cpu", max_batches=0):
 
 @torch.compiler.set_stance("force_eager")  # else a graph is compiled for the other shapes
 def losses(raw, autocast, data, device):
-    """{"train", "val"} losses in nats per token, exact on val, on as many rows of train."""
+    """{"train", "val"} losses in nats per token: of eval_iters batches or of all of val."""
     forward = autocast(raw.eval().forward)
     most = {"train": eval_iters or math.ceil(data["val"].number / batch_size), "val": eval_iters}
     results = {split: evaluate(forward, data[split], device, most[split]) for split in most}
@@ -513,7 +515,7 @@ def bits_per(unit, loss, counts):
 # ---- checkpoints ----
 
 def load_model(path, tokenizer, device, **changes):
-    """load_checkpoint() of what reads the tokens of this run's dataset."""
+    """load_checkpoint(), which must read the tokens of this run's dataset."""
     with stop_on_error():
         saved = load_checkpoint(path, device, cache_dir, **changes)
     spec = saved["tokenizer"].spec
@@ -559,7 +561,7 @@ def open_run(run_dir, step):
     for path in [path for pattern in FILES for path in run_dir.glob(pattern)]:
         if init_from != "resume":
             path.unlink()
-        elif path.suffix == ".csv":
+        elif path.suffix == ".csv" and path.stat().st_size:
             head, *lines = path.read_text().splitlines(keepends=True)
             lines = [line for line in lines if line.endswith("\n")  # else cut by a kill
                      and int(line.partition(",")[0]) <= step]
@@ -661,10 +663,7 @@ def plot_curves(run_dir, floor=None):
         step, *layers = table.dtype.names
         heat = axes.pcolormesh(table[step], layers, [table[name] for name in layers], norm="log")
         figure.colorbar(heat, ax=axes, label="gradient norm by layer", location="bottom")
-    save_figure(figure, run_dir / "loss.png")
-
-def save_figure(figure, path):
-    with atomic_write(path) as file:
+    with atomic_write(run_dir / "loss.png") as file:
         figure.savefig(file, format="png")
 
 # ---- processes and machine ----
@@ -700,18 +699,18 @@ def every(interval, step):
 
 def compile_blocks(raw, autocast, rows, device):
     """Puts the blocks through torch.compile, one graph for all, if wanted and if it works."""
-    def build():
+    def attempt():
         for block in raw.h:
             block.compile()
         autocast(raw.forward)(*batch(rows, 0, 0, device))[1].backward()
-        raw.zero_grad()
         return raw
-    if not compiled(compile.lower(), device, build):
+    if not compiled(compile.lower(), device, attempt):
         torch.compiler.set_stance("force_eager")
+    raw.zero_grad()  # those of the attempt, which may have failed half way
 
 def keep_memory():
     """Makes glibc keep freed memory. It would return large blocks to the kernel, which clears
-    them again page by page: a step of 6 x 384 took 2.8 s on two cores, 1.9 s so."""
+    them again page by page: a step of 6 layers of 384 channels took 2.8 s, with this 1.9 s."""
     with suppress(OSError, AttributeError, TypeError):  # another C library has no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)   # M_MMAP_MAX: no block apart from the heap
@@ -776,7 +775,8 @@ def report(forward, data, meta, device, run_dir, source):
                  xlabel="tokens in the context, the one just read included")
         axes.legend()
         run_dir.mkdir(parents=True, exist_ok=True)
-        save_figure(figure, run_dir / "loss_by_position.png")
+        with atomic_write(run_dir / "loss_by_position.png") as file:
+            figure.savefig(file, format="png")
 
 def start_profiler(run_dir, device):
     """torch's profiler, if wanted. It writes trace.json.gz, for ui.perfetto.dev, and a table."""

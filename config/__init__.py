@@ -33,9 +33,9 @@ class Setting(NamedTuple):
 def declared_settings(path):
     """{name: Setting} of a script: every `name = literal` above its call of configure. A file
     that never calls it declares none."""
-    lines, end, _ = Path(path).read_text("utf-8", "replace").partition("configure(globals())")
+    above, end, _ = Path(path).read_text("utf-8", "replace").partition("configure(globals())")
     settings, section = {}, "Settings"
-    for line in lines.splitlines() if end else ():
+    for line in above.splitlines() if end else ():
         if line.startswith("# "):
             section = line[2:]
         if match := re.match(r"(\w+) = (.+?)(?:\s{2,}# (.*))?$", line):
@@ -57,10 +57,9 @@ def configure(namespace):
         return values
     sys.excepthook = _report
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
-    anywhere = dict(declared)  # of any script: a config file may name them all
-    if any(not argument.startswith("-") for argument in sys.argv[1:]):
-        for path in script.parent.glob("*.py"):
-            anywhere = declared_settings(path) | anywhere
+    anywhere = dict(declared)  # and of any script, which only a config file may name
+    for path in script.parent.glob("*.py"):
+        anywhere = declared_settings(path) | anywhere
     for argument in sys.argv[1:]:
         if argument.startswith("--") and "=" in argument:
             name, _, text = argument[2:].partition("=")
@@ -128,12 +127,14 @@ def config_file(default):
     return ([default] + [one for one in sys.argv[1:] if not one.startswith("-")])[-1]
 
 def _report(kind, error, trace):
-    """Ctrl-C and a closed pipe, as by head, need no traceback, a full disk or too little memory
+    """Ctrl-C and a closed pipe, as by head, need no traceback; a full disk and too little memory
     a sentence; anything else uncaught is a bug."""
-    if issubclass(kind, MemoryError) or re.search("out of memory|t allocate|overflowed", str(error)):
+    no_memory = "out of memory|t allocate|calculation overflowed"  # in torch's RuntimeErrors
+    if issubclass(kind, MemoryError) or re.search(no_memory, str(error)):
         print("out of memory, make the batch, the context or the model smaller", file=sys.stderr)
     elif issubclass(kind, OSError) and kind is not BrokenPipeError:
-        print(f"{error}: make room, what was saved before is whole", file=sys.stderr)
+        print(f"{error}: make room, or choose a place that you may write to; what was saved "
+              f"before is whole", file=sys.stderr)
     elif kind not in (KeyboardInterrupt, BrokenPipeError):
         sys.__excepthook__(kind, error, trace)
 
@@ -141,9 +142,7 @@ def _run_config(path, folder):
     """The names a config file assigns; the modules it imports and its _names are its own."""
     if not os.path.isfile(path):  # Path.is_file may raise where no file can have that name
         configs = [str(p.relative_to(folder)) for p in folder.glob("config/[!_]*.py")]
-        hint = _suggest(path, configs)
-        if "=" in path:
-            hint = ", settings are written --name=value"
+        hint = ", settings are written --name=value" if "=" in path else _suggest(path, configs)
         stop(f"{path}: no such config file{hint}", 2)
     try:
         names = runpy.run_path(path)

@@ -43,9 +43,9 @@ def test_cached_logits_are_those_of_the_tokens_in_sight(positions, norm, fused):
     with torch.no_grad():
         for T in range(1, 49):
             logits = next_logits(model, idx[:, :T], cache)
-            expected = model(idx[:, cache.start:T])[0][:, -1]
+            expected = model(idx[:, cache.first:T])[0][:, -1]
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-            assert min(T, 8) <= T - cache.start <= 16
+            assert min(T, 8) <= T - cache.first <= 16
 
 
 @pytest.mark.parametrize("first", [1, 5, 16, 17, 40])

@@ -201,7 +201,7 @@ def test_a_header_that_is_none_is_one_sentence(run, raw):
 
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "llama"}, "model_type is 'llama'"), ({"layer_norm_epsilon": 1e-6}, "epsilon"),
-    ({"activation_function": "swish"}, "'swish' is missing"), ({"n_layer": 10 ** 9}, "fewer"),
+    ({"activation_function": "swish"}, "not swish"), ({"n_layer": 10 ** 9}, "fewer"),
     ({"n_layer": "two"}, "cannot be used"), ({"n_embd": 10 ** 6}, "size mismatch"),
     ({"n_head": 3}, "multiple of n_head"), ({"n_positions": None}, "cannot be used")])
 def test_a_config_that_is_not_gpt2s_is_one_sentence(run, change, words):
