@@ -57,8 +57,8 @@ def main():
                                  {"kind": "char", "vocabulary": "".join(sorted(set(text)))})
         meta = write_dataset(folder, splits, encoder)
         write_meta(folder, meta | {"made_by": made_by})
-    print(f"next: python train.py {config_file('config/shakespeare_cpu.py')} "
-          f"--dataset={folder.name}")
+    config = config_file(f"config/shakespeare_{'gpt2' if tokenizer == 'gpt2' else 'cpu'}.py")
+    print(f"next: python train.py {config} --dataset={folder.name}")
 
 def check_splits(settings):
     """Stops where the settings leave nothing to train on, or name a folder elsewhere."""
