@@ -369,7 +369,7 @@ def reading(path, remedy=""):
     """Turns whatever a wrong file causes inside into a ValueError of one sentence."""
     try:
         yield
-    except (AttributeError, FileNotFoundError, KeyError, TypeError, RuntimeError,
+    except (AttributeError, FileNotFoundError, LookupError, TypeError, RuntimeError,
             ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         reason = " ".join(reason.split())[:300]
@@ -410,8 +410,7 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
                 download([f"{hub}/openai-community/{source}/resolve/main/{name}"], path / name,
                          "give --init_from=FOLDER with config.json and model.safetensors")
     elif not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one; or give "
-                                f"{', '.join(PRETRAINED)}, a folder or a .pt file")
+        raise FileNotFoundError(f"{path}: no such checkpoint, python train.py makes one")
     elif path.suffix == ".pt":
         others = sorted(p.name for p in path.parent.glob("*.pt") if p != path)
         remedy = f", try --checkpoint={' or '.join(others)}" if others else ", train again"
@@ -458,7 +457,9 @@ def read_pt(path):
     if "model_args" not in saved:
         return GPTConfig(**saved["config"]), saved["model"], saved["tokenizer"], saved
 
-    config = GPTConfig(**saved["model_args"], activation="gelu_erf")  # nanoGPT's
+    shape = {name: value for name, value in saved["model_args"].items()
+             if name in GPTConfig.__annotations__}
+    config = GPTConfig(**shape, activation="gelu_erf")       # nanoGPT's
     spec = {"kind": "gpt2"}
     if config.vocab_size < 50257:
         folder = Path("data", saved["config"]["dataset"])

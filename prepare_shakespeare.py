@@ -55,8 +55,7 @@ def main():
                     f"{path}: {len(text)} characters are too few for a {name} split", 1)
         encoder = tokenizer_from({"kind": tokenizer} if tokenizer != "char" else
                                  {"kind": "char", "vocabulary": "".join(sorted(set(text)))})
-        meta = write_dataset(folder, splits, encoder)
-        write_meta(folder, meta | {"made_by": made_by})
+        write_dataset(folder, splits, encoder, made_by=made_by)
     config = config_file(f"config/shakespeare_{'gpt2' if tokenizer == 'gpt2' else 'cpu'}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
 
@@ -78,10 +77,11 @@ def is_complete(folder, made_by):
         print(f"{folder} is there already, made from the same text with the same settings")
     return complete
 
-def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000_000):
+def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000_000, nats={},
+                  **more):
     """Writes split.bin, flat token ids, for {split: iterable of texts}, with end before the
-    first text and after each, then meta.json, without which nothing counts. Several threads
-    encode about chunk_size characters at a time. Returns what meta.json holds."""
+    first text and after each, then meta.json, without which nothing counts. Threads encode about
+    chunk_size characters at a time. nats are the entropies of splits, if known; more is kept."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
         ends = len(texts) * len(end)
         return ids, (len(ids), len(texts), len(text) - ends, len(text.encode()) - ends)
 
-    meta = {"tokenizer": tokenizer.spec, "dtype": dtype.name, "splits": {}}
+    meta = {"tokenizer": tokenizer.spec, "dtype": dtype.name, "splits": {}} | more
     for split, texts in splits.items():
         first = tokenizer.encode(end).astype(dtype)
         totals = np.array((len(first), 0, 0, 0))
@@ -106,16 +106,15 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
                 file.write(ids.tobytes())
                 totals += counts
         counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
+        if split in nats:
+            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # the first is no target
+            counts["nats_per_character"] = nats[split] / counts["characters"]
         meta["splits"][split] = {"file": f"{split}.bin"} | counts
         print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "
               f"{counts['documents']:,} documents, {counts['characters']:,} characters")
-    write_meta(folder, meta)
-    print(f"{folder}/meta.json: vocabulary of {tokenizer.vocab_size:,}")
-    return meta
-
-def write_meta(folder, meta):
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
+    print(f"{folder}/meta.json: vocabulary of {tokenizer.vocab_size:,}")
 
 def chunks(texts, size):
     """Lists of texts that have about size characters together."""

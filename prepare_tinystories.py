@@ -26,7 +26,7 @@ import numpy as np
 from config import at_least, config_file, configure, one_of, require, stop_on_error
 from model import (EOT, PIECES, CharTokenizer, atomic_write, download, sha256_of, show_progress,
                    tokenizer_from)
-from prepare_shakespeare import check_splits, is_complete, write_dataset, write_meta
+from prepare_shakespeare import check_splits, is_complete, write_dataset
 
 # Stories
 source = "tinystories"   # tinystories, tinystories_v2, grammar, a file or folder of .txt files
@@ -57,7 +57,7 @@ def main():
     check_settings()
     kind = "grammar" if source == "grammar" else "tinystories"
     folder = Path("data", dataset or f"{kind}_{tokenizer}")
-    paths, val_paths = [], []
+    paths, val_paths, nats = [], [], {}
     if source not in (*HUB_FILES, "grammar"):
         paths = text_files("source", source)
     if val_source not in ("", "official"):
@@ -87,13 +87,10 @@ def main():
         encoder = make_tokenizer(splits)
         stories = {split: read_split() for split, read_split in splits.items()}
         threads = workers or min(16, os.cpu_count())
-        meta = write_dataset(folder, stories, encoder, EOT, threads, chunk_size)
         if source == "grammar":
-            for split, counts in meta["splits"].items():
-                total = nats[chosen[split]].sum()
-                counts["nats_per_token"] = total / (counts["tokens"] - 1)  # the first is no target
-                counts["nats_per_character"] = total / counts["characters"]
-        write_meta(folder, meta | {"made_by": made_by, "read": read})
+            nats = {split: nats[which].sum() for split, which in chosen.items()}
+        write_dataset(folder, stories, encoder, EOT, threads, chunk_size, nats, made_by=made_by,
+                      read=read)
     usual = f"tinystories_{'char' if tokenizer == 'byte' else tokenizer}"
     config = config_file(f"config/{'quickstart' if source == 'grammar' else usual}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from config import at_least, configure, one_of, require, stop_on_error
-from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, PIECES, TRANSPOSED, BPETokenizer,
-                   KVCache, atomic_write, compiled, encode_prompt, load_checkpoint, next_logits,
-                   pick_device, pick_dtype, stream)
+from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, PIECES, PRETRAINED, TRANSPOSED,
+                   BPETokenizer, KVCache, atomic_write, compiled, encode_prompt,
+                   load_checkpoint, next_logits, pick_device, pick_dtype, stream)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
@@ -90,7 +90,9 @@ def check_settings():
     at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16")
-    one_of(settings, "compile", "auto", "true", "false", "True", "False")
+    if not (init_from and Path(init_from).exists()):
+        one_of(settings, "init_from", "resume", *PRETRAINED, "a folder or a .pt file")
+    one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     require(0 < top_p <= 1, "--top_p must be above 0 and at most 1, which keeps all")
     require(0 <= min_p < 1, "--min_p must be from 0, which keeps all, to below 1")
     require(seed < 2 ** 63, "--seed must be below 2 ** 63")

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 from config import (SIGNALS, at_least, catch_signals, configure, declared_settings, one_of,
                     require, stop_on_error)
-from model import (EOT, GPT, GPTConfig, atomic_write, compiled, encode_prompt, load_checkpoint,
-                   pick_device, pick_dtype, reading, save_checkpoint, show_progress,
-                   tokenizer_from)
+from model import (EOT, GPT, PRETRAINED, GPTConfig, atomic_write, compiled, encode_prompt,
+                   load_checkpoint, pick_device, pick_dtype, reading, save_checkpoint,
+                   show_progress, tokenizer_from)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -117,8 +117,7 @@ def main():
     with stop_on_error(2):
         device = join_processes(pick_device(settings["device"]))  # hides the setting
     keep_memory()
-    # Mixed precision: products in amp, weights in float32. On two AMX cores bfloat16 is
-    # slower with 64 channels, faster with 128 (tests/benchmark.py dtype).
+    # Mixed precision: products in amp, weights in float32 (tests/benchmark.py dtype).
     amp = pick_dtype(dtype, device, large=n_embd >= 128)
     autocast = torch.autocast(device.type, amp, enabled=amp != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
@@ -134,8 +133,7 @@ def main():
         prompt = encode_prompt(tokenizer, start) if sample_interval else None
 
     # ---- the model: of a run, new, or with the weights of others ----
-    # Weights, optimizers and progress make a resumed run the same run: batches and random
-    # numbers follow from the step.
+    # A resumed run is the same run by these alone: batches and random numbers follow from step.
     progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0)
     source, states = init_from, []
     if init_from == "resume":
@@ -255,7 +253,7 @@ def main():
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
                                 progress=progress, states=[part.state_dict() for part in stateful])
         if profiler:
-            profiler.step()
+            (profiler.stop if leaving else profiler.step)()
         if leaving:
             break
 
@@ -268,8 +266,10 @@ def check_settings(run_dir):
     """Stops at the first value that cannot work, before anything is loaded or written."""
     one_of(settings, "optimizer", *OPTIMIZERS)
     one_of(settings, "lr_schedule", *SCHEDULES)
+    if not os.path.exists(init_from):
+        one_of(settings, "init_from", "scratch", "resume", *PRETRAINED, "a folder or a .pt file")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16")
-    one_of(settings, "compile", "auto", "true", "false", "True", "False")
+    one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     at_least(0, settings, *(name for name in settings if not isinstance(settings[name], str)))
     at_least(1, settings, "batch_size", "block_size", "vocab_multiple",
              "gradient_accumulation_steps")
@@ -360,8 +360,7 @@ def random_seed(purpose, *indices):
 
 @lru_cache(maxsize=2)  # a batch may hold the end of one epoch and the start of the next
 def epoch_order(rows, epoch):
-    """The phase of an epoch and the random order of its rows: each token is a target once (but
-    for fewer than two windows at the ends)."""
+    """The phase and random order of an epoch's rows: each token is a target once, but at the ends."""
     generator = np.random.default_rng(random_seed("epoch", epoch))
     phase = int(generator.integers(rows.phases))
     order = np.arange(rows.per_epoch, dtype=np.uint32)
@@ -562,9 +561,9 @@ def open_run(run_dir, step):
         if init_from != "resume":
             path.unlink()
         elif path.suffix == ".csv" and path.stat().st_size:
-            head, *lines = path.read_text().splitlines(keepends=True)
-            lines = [line for line in lines if line.endswith("\n")  # else cut by a kill
-                     and int(line.partition(",")[0]) <= step]
+            head, *lines = path.read_text(errors="replace").splitlines(keepends=True)
+            lines = [line for line in lines  # a kill may have cut one
+                     if re.match(r"\d+,[^\ufffd]*\n$", line) and int(line.split(",")[0]) <= step]
             with atomic_write(path) as file:
                 file.write("".join((head, *lines)).encode())
     if wandb_log:
@@ -632,7 +631,8 @@ def print_summary(progress, rows, counts, run_dir, raw, device):
 def plot_curves(run_dir, floor=None):
     """Draws loss.png: losses, the text's own entropy (floor), learning rate, gradient norms."""
     from matplotlib.figure import Figure
-    paths = [run_dir / "metrics.csv", *run_dir.glob("grad_norms.csv")]
+    paths = [path for path in (run_dir / "metrics.csv", run_dir / "grad_norms.csv")
+             if path.is_file() and path.read_text().count("\n") > 1]  # a head and rows
     rows, *norms = [np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
                     for path in paths]
     rows = rows[1:] if len(rows) > 2 else rows  # step 0 would flatten the rest

@@ -116,7 +116,8 @@ def catch_signals():
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
     for number in SIGNALS:
         signal.signal(number, receive)

@@ -338,6 +338,13 @@ def test_a_profile_is_a_trace_and_a_table(train):
     with gzip.open("out/tiny/trace.json.gz") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"]]
     assert sum(name.startswith("ProfilerStep#") for name in set(names)) == 3
+
+
+def test_a_run_that_stops_early_keeps_its_profile(train):
+    result = train("--profile=50", "--max_iters=60", "--eval_interval=3", "--patience=1",
+                   "--learning_rate=1.0")
+    assert result.status == 0 and "stopped after 1 evaluations" in result.out
+    assert Path("out/tiny/trace.json.gz").stat().st_size > 1000
     assert "aten::addmm " in result.out and "Self CPU time total" in result.out
 
 
@@ -492,7 +499,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
     (["--max_iters=-1"], 2, ["--max_iters must be at least 0"]),
     (["--optimizer=sgd"], 2, ["--optimizer must be adamw, adamw_scratch or muon, not 'sgd'"]),
     (["--device=tpu9"], 2, ["device 'tpu9' cannot be used here"]),
-    (["--init_from=gpt9"], 1, ["gpt9: no such checkpoint", "or give gpt2"]),
+    (["--init_from=gpt9"], 2, ["--init_from must be scratch, resume, gpt2,", "not 'gpt9'"]),
     (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
     (["--profile=10"], 2, ["--profile=10 needs 13 steps, raise --max_iters"]),
     (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),

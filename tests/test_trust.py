@@ -214,12 +214,34 @@ def test_a_run_is_replaced_only_on_request(train):
         "best.pt", "last.pt", "metrics.csv"]
 
 
-def test_a_row_that_a_kill_has_cut_is_written_anew(train):
+@pytest.mark.parametrize("cut", [b"3,1.2", b"3,1.\xff\xfe\n", b"\n", b"step\n"])
+def test_a_row_that_a_kill_has_cut_is_written_anew(train, cut):
     train("--max_iters=3", "--lr_decay_iters=6")
-    with open("out/tiny/metrics.csv", "a") as file:
-        file.write("3,1.2")
+    with open("out/tiny/metrics.csv", "ab") as file:
+        file.write(cut)
     train("--init_from=resume", "--lr_decay_iters=6")
     assert steps() == list(range(7))
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_tables_without_a_row_are_gone_on_with(train, kept):
+    pytest.importorskip("matplotlib")
+    options = ["--log_grad_norms=True", "--log_interval=3", "--lr_decay_iters=6"]
+    train(*options, "--max_iters=3")
+    for path in (Path("out/tiny/metrics.csv"), Path("out/tiny/grad_norms.csv")):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+    assert train(*options, "--init_from=resume", "--plot=True", "--max_iters=4").status == 0
+    assert train(*options, "--init_from=resume", "--plot=True").status == 0
+    assert Path("out/tiny/loss.png").exists()
+
+
+def test_a_second_signal_kills_whichever_it_is(train, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: [
+        signal.raise_signal(number) for number in (signal.SIGTERM, signal.SIGINT)])
+    with pytest.raises(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        monkeypatch.setattr(signal, "SIG_DFL", signal.default_int_handler)  # what can be caught
+        train()
 
 
 # ---- numbers ----
