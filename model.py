@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import zipfile
@@ -32,6 +33,7 @@ import numpy as np
 import requests
 import tiktoken
 import torch
+from tiktoken_ext.openai_public import r50k_pat_str
 from torch import nn
 from torch.nn import functional as F
 
@@ -287,7 +289,9 @@ def next_logits(model, ids, cache, read_token=None):
     new = ids[:, cache.first + cache.length:]
     read = read_token if read_token and new.shape[1] == 1 else model.hidden
     states = read(new, cache)                                # (B, T, C)
-    return model.lm_head(states[:, -1]).float()
+    logits = model.lm_head(states[:, -1]).float()
+    check(logits.isfinite().all(), "the model's logits are not finite, try --dtype=float32")
+    return logits
 
 @torch.no_grad()
 def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=None,
@@ -315,9 +319,10 @@ def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, to
     if repetition_penalty != 1:  # makes ids that were seen less likely (Keskar et al. 2019)
         old = logits.gather(1, seen)
         old = torch.where(old < 0, old * repetition_penalty, old / repetition_penalty)
-        logits = logits.scatter(1, seen, old)
+        logits = logits.scatter(1, seen, old.nan_to_num())  # not infinite
     if temperature > 0:          # above 1 evens the probabilities out, below 1 sharpens them
-        logits = logits / temperature
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # so that the likeliest stays finite
+        logits = logits / max(temperature, 1e-30)
     else:                        # the likeliest alone
         top_k = 1
     if top_k:                    # keeps exactly the k likeliest
@@ -387,7 +392,7 @@ def atomic_write(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path} cannot be written ({reason})") from error
+        raise OSError(f"{path} cannot be written ({reason})") from reason
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -452,6 +457,8 @@ def read_pt(path):
             attributes = [info.external_attr for info in archive.infolist()]
             check(not archive.testzip() and not any(attributes), "checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # it may be whole
     except Exception as error:  # a damaged file has no one exception
         raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__})") from error
     if "model_args" not in saved:
@@ -474,7 +481,9 @@ PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FILES = ("config.json", "model.safetensors")
 # These matrices GPT-2 keeps as (in, out), torch.nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")
-ACTIVATION_NAMES = {"gelu_new": "gelu", "gelu": "gelu_erf", "relu": "relu"}  # theirs: ours
+ACTIVATION_NAMES = {  # transformers': ours
+    "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf", "relu": "relu"}
 # What else a GPT2Config may say, and the value for which the formulas above are right.
 ASSUMED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
            "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -482,10 +491,12 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16}
 
 def read_gpt2(folder):
-    """(GPTConfig, weights, tokenizer's spec, {}) of a folder with GPT-2's two files."""
-    for name in GPT2_FILES:
-        check((folder / name).is_file(), f"it has no {name}")
+    """(GPTConfig, weights, tokenizer's spec, {}) of a folder with GPT-2's two files, or with
+    shards of the second."""
+    check((folder / "config.json").is_file(), "it has no config.json")
     theirs = json.loads(read_text(folder / "config.json"))
+    if "n_ctx" in theirs:  # its name in older files
+        theirs = {"n_positions": theirs["n_ctx"]} | theirs
     for name, value in ASSUMED.items():
         check(theirs.get(name, value) == value,
               f"its {name} is {theirs.get(name)!r}, only {value!r} is GPT-2's")
@@ -495,11 +506,63 @@ def read_gpt2(folder):
         theirs["n_embd"], theirs.get("n_inner") or 0, theirs.get("resid_pdrop", 0.1),
         activation=ACTIVATION_NAMES.get(activation, activation),
         tied=theirs.get("tie_word_embeddings", True))
-    weights, metadata = read_safetensors(folder / "model.safetensors")
+    shards, weights, spec = {"model.safetensors"}, {}, None
+    if (folder / "model.safetensors.index.json").is_file():
+        index = json.loads(read_text(folder / "model.safetensors.index.json"))
+        shards = set(index["weight_map"].values())
+    for shard in sorted(shards):
+        check((folder / shard).is_file(), f"it has no {shard}, save the model again with "
+              f"transformers' save_pretrained(folder, safe_serialization=True)")
+        part, metadata = read_safetensors(folder / shard)
+        weights |= part
+        spec = json.loads(metadata.get("tokenizer", "null"))  # as sample.py exports it
     for name in weights:
         if name.endswith(TRANSPOSED):
             weights[name] = weights[name].T.contiguous()
-    return config, weights, json.loads(metadata.get("tokenizer", '{"kind": "gpt2"}')), {}
+    return config, weights, read_tokenizer(folder, theirs) if spec is None else spec, {}
+
+def read_tokenizer(folder, theirs):
+    """The spec of the byte-level BPE beside a GPT-2's weights, in tokenizer.json or in vocab.json
+    and merges.txt; of GPT-2's own where its config has so many tokens and there is neither."""
+    special, pieces = {}, r50k_pat_str
+    if (folder / "tokenizer.json").is_file():
+        saved = json.loads(read_text(folder / "tokenizer.json"))
+        odd = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                                 "byte_fallback") if saved["model"].get(name)]
+        odd += [name for name in ("normalizer",) if saved.get(name)]
+        check(saved["model"].get("type", "BPE") == "BPE" and not odd,
+              f"its tokenizer.json is no byte-level BPE like GPT-2's {' '.join(odd)}")
+        vocabulary, merges = saved["model"]["vocab"], saved["model"]["merges"]
+        special = {added["content"]: added["id"] for added in saved.get("added_tokens") or []}
+        steps = saved["pre_tokenizer"] or {}
+        match steps.get("pretokenizers", [steps]):
+            case [{"type": "ByteLevel", "add_prefix_space": False} as last]:
+                check(last.get("use_regex", True), "its tokens cross words")
+            case [{"type": "Split", "pattern": {"Regex": pieces}, "behavior": "Isolated",
+                   "invert": False}, {"type": "ByteLevel", "add_prefix_space": False,
+                                      "use_regex": False}]:
+                pass
+            case _:
+                raise ValueError("its tokenizer.json is no byte-level BPE like GPT-2's")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary = json.loads(read_text(folder / "vocab.json"))
+        merges = [line for line in read_text(folder / "merges.txt").splitlines()
+                  if line and not line.startswith("#version")]
+    else:
+        check(50257 <= theirs["vocab_size"] <= 50304, "its tokens are not GPT-2's, and it has no "
+              "tokenizer.json beside the weights, nor vocab.json and merges.txt")
+        return {"kind": "gpt2"}
+    names = [*LETTERS, *("".join(pair.split(" ") if isinstance(pair, str) else pair)
+                         for pair in merges)]
+    names = list(dict.fromkeys(names))                       # tokens in the order of their merges
+    special |= {name: i for name, i in vocabulary.items() if name not in {*names, *special}}
+    tokens = [bytes(map(LETTERS.index, name)) for name in names]
+    ids = [vocabulary[name] for name in names]
+    if len(tokens) == 50256 and dict(zip(tokens, ids)) == BPETokenizer({"kind": "gpt2"}).ranks:
+        return {"kind": "gpt2"}
+    eot = theirs.get("eos_token_id", special.get(EOT))
+    return {"kind": "bpe", "tokens": [token.decode("latin-1") for token in tokens[256:]],
+            "pieces": pieces, "ids": ids, "special": special, "eot": eot}
 
 def read_safetensors(path):
     """({name: tensor}, metadata) of a file: 8 bytes, the length of a JSON header; the header; the
@@ -523,12 +586,15 @@ def read_safetensors(path):
     check(8 + length + end == size, damaged + "it is cut short or goes on")
     return weights, metadata
 
-# ---- tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eot, spec (JSON) ----
+# ---- tokenizers: encode(text) -> ids, decode(ids) -> text, token(id) -> its bytes,
+# vocab_size, eot, spec (JSON) ----
 
 EOT = "<|endoftext|>"  # how text writes eot, the id that ends a story
 # Text is cut into these pieces, and no byte-pair token of our own spans two: a word with the
-# blank before it, a digit, a run of punctuation or of line ends, any other blank.
-PIECES = r" ?[^\W\d_]+(?:'[^\W\d_]+)*| ?\d| ?(?:[^\s\w]|_)+|\n+|\s"
+# blank before it, a digit, a run of punctuation or of line ends, any other blank. A word is of
+# letters, marks and joiners, by which three engines cut alike: regex, tiktoken and transformers.
+WORD = r"[\p{L}\p{M}\u200c\u200d]+"
+PIECES = rf" ?{WORD}(?:'{WORD})*| ?\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}\u200c\u200d]+|\n+|\s"
 
 class CharTokenizer:
     """One id for each character of vocabulary, a sorted string: of "abc" "cab" is [2, 0, 1].
@@ -557,6 +623,9 @@ class CharTokenizer:
     def decode(self, ids):
         return "".join(self.spec["vocabulary"][i] for i in ids).replace("\3", EOT)
 
+    def token(self, i):
+        return self.spec["vocabulary"][i].encode()
+
 class ByteTokenizer:
     """The 256 bytes of UTF-8: any text, nothing to learn. eot is 255, no byte of UTF-8."""
     spec, vocab_size, eot = {"kind": "byte"}, 256, 255
@@ -569,9 +638,18 @@ class ByteTokenizer:
         raw = np.asarray(ids, dtype=np.uint8).tobytes()
         return raw.replace(b"\xff", EOT.encode()).decode("utf-8", "replace")
 
+    def token(self, i):
+        return bytes([i])
+
+# How GPT-2's files write each of the 256 bytes: as itself where that can be seen.
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = "".join(chr(b if b in SEEN else 256 + sum(i not in SEEN for i in range(b)))
+                  for b in range(256))
+
 class BPETokenizer:
-    """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken: GPT-2's 50,257 or our own: 256
-    bytes, spec["tokens"], in Latin-1, as prepare_tinystories.py learned them, and EOT."""
+    """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken: GPT-2's 50,257; our own, 256 bytes,
+    spec["tokens"], in Latin-1, as learned, and EOT; or those of others, which have ids of their
+    own, in that order, "special" texts {text: id}, and "pieces"."""
     def __init__(self, spec):
         if spec["kind"] == "gpt2":
             try:
@@ -579,22 +657,34 @@ class BPETokenizer:
             except OSError as error:  # requests' errors are OSErrors
                 raise ConnectionError("GPT-2's tokenizer could not be downloaded, connect or "
                                       "set TIKTOKEN_CACHE_DIR to a folder with it") from error
-            pieces, ranks = gpt2._pat_str, gpt2._mergeable_ranks
+            self.pieces, self.ranks = r50k_pat_str, gpt2._mergeable_ranks
         else:
             tokens = [bytes([i]) for i in range(256)]
             tokens += [token.encode("latin-1") for token in spec["tokens"]]
-            pieces, ranks = PIECES, {token: rank for rank, token in enumerate(tokens)}
-            check(len(ranks) == len(tokens), "a byte-pair vocabulary must repeat no token")
-        self.spec, self.vocab_size, self.eot = spec, len(ranks) + 1, len(ranks)
+            self.ranks = {token: rank for rank, token in enumerate(tokens)}
+            self.pieces = spec.get("pieces", PIECES)
+            check(len(self.ranks) == len(tokens), "a byte-pair vocabulary must repeat no token")
+        count = len(self.ranks)
+        self.special = spec.get("special", {EOT: count})
+        ids = [*spec.get("ids", range(count)), *self.special.values()]
+        check(len(set(ids)) == count + len(self.special), "a byte-pair vocabulary must repeat no id")
+        self.ids, self.rank_of = np.array(ids, np.uint32), {i: rank for rank, i in enumerate(ids)}
+        self.spec, self.vocab_size = spec, max(ids) + 1
+        self.eot = spec.get("eot", self.special.get(EOT))
         # Our own instance: threads would wait for each other in the one that tiktoken shares.
-        self.encoding = tiktoken.Encoding(spec["kind"], pat_str=pieces, mergeable_ranks=ranks,
-                                          special_tokens={EOT: self.eot})
+        self.encoding = tiktoken.Encoding(
+            spec["kind"], pat_str=self.pieces, mergeable_ranks=self.ranks,
+            special_tokens={text: count + i for i, text in enumerate(self.special)})
 
     def encode(self, text):
-        return self.encoding.encode_to_numpy(text, allowed_special="all")
+        return self.ids[self.encoding.encode_to_numpy(text, allowed_special="all")]
 
     def decode(self, ids):
-        return self.encoding.decode([int(i) for i in ids])
+        return b"".join(map(self.token, ids)).decode("utf-8", "replace")
+
+    def token(self, i):
+        rank = self.rank_of.get(int(i))  # None: an id that others' vocabularies leave out
+        return b"" if rank is None else self.encoding.decode_single_token_bytes(rank)
 
 def tokenizer_from(spec):
     """The tokenizer of a spec, which a dataset's meta.json and a checkpoint hold."""
@@ -608,21 +698,33 @@ def tokenizer_from(spec):
     raise ValueError("a tokenizer's spec must be of kind char, byte, gpt2 or bpe")
 
 def read_text(path):
-    """The text of a UTF-8 file. Raises OSError or ValueError."""
+    """The text of a UTF-8 file, without a byte-order mark and with \\n for \\r\\n. Raises OSError
+    or ValueError."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return plain(Path(path).expanduser().read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file, give the path of a text") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}, convert it first, "
                          f"as iconv does") from None
 
+def plain(text):
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+def unescape(text):
+    """text with the line ends, tabs and backslashes that a shell's user writes as \\n, \\t, \\\\."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
+
 def encode_prompt(tokenizer, start):
-    """(1, T) ids of a prompt, or of the file that FILE:path names; an empty one becomes
-    EOT, as if a text had just ended. Raises OSError or ValueError."""
+    """(1, T) ids of a prompt, or of the file that FILE:path names. An empty one begins a text: with
+    eot, a line end, or the first of the vocabulary. Raises OSError or ValueError."""
     text = read_text(start[5:]) if start.startswith("FILE:") else start
-    check(text or tokenizer.eot is not None, "--start is empty, give at least one character")
-    return torch.tensor([tokenizer.encode(text or EOT).tolist()])
+    if not text and tokenizer.eot is not None:
+        return torch.tensor([[tokenizer.eot]])
+    if not text:
+        known = tokenizer.spec.get("vocabulary", "\n")
+        text = "\n" if "\n" in known else known[0]
+    return torch.tensor([tokenizer.encode(text).tolist()])
 
 # ---- the machine ----
 
@@ -659,7 +761,7 @@ def compiled(wanted, device, attempt):
 
 def show_progress(text):
     """Replaces the text shown before, where stderr is a terminal; "" clears it."""
-    if sys.stderr.isatty():
+    if getattr(sys.stderr, "isatty", bool)():  # what stands for it may lack the method
         print(f"\r{text:<79.79}", end="\r", file=sys.stderr, flush=True)
 
 def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):

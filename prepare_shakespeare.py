@@ -1,24 +1,31 @@
-"""Makes data/shakespeare_char (or _byte, _gpt2) from Tiny Shakespeare or from any UTF-8 text.
+"""Makes data/shakespeare_char (or _byte, _gpt2, _bpe) from Tiny Shakespeare or any UTF-8 text.
 
     python prepare_shakespeare.py
     python prepare_shakespeare.py --tokenizer=gpt2
     python prepare_shakespeare.py --source=novel.txt --dataset=novel
 """
 
+import hashlib
+import heapq
 import json
 import threading
-from collections import deque
+from array import array
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import regex  # comes with tiktoken: re with the properties of Unicode
 
 from config import config_file, configure, one_of, require, stop_on_error
-from model import atomic_write, download, read_text, sha256_of, tokenizer_from
+from model import (PIECES, CharTokenizer, atomic_write, download, read_text, sha256_of,
+                   show_progress, tokenizer_from)
 
 # Text
 source = ""           # a UTF-8 text file; empty: Tiny Shakespeare (1.1 MB), fetched to data/
-tokenizer = "char"    # char, byte or gpt2
+tokenizer = "char"    # char, byte, gpt2, or bpe: learned from the training text
+vocab_size = 4096     # of bpe: 256 bytes, end of text, and what is learned
 val_fraction = 0.1    # of the characters, taken from the end
 test_fraction = 0.0   # of the characters, taken after those of val
 # Output
@@ -33,18 +40,22 @@ URLS = (
 )
 
 def main():
-    one_of(settings, "tokenizer", "char", "byte", "gpt2")
+    one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe")
     check_splits(settings)
+    check_vocab_size(settings)
     folder = Path("data", dataset or f"shakespeare_{tokenizer}")
-    path = Path(source or "data/tinyshakespeare.txt")
+    path = Path(source or "data/tinyshakespeare.txt").expanduser()
     with stop_on_error():
         if not source and sha256_of(path) != SHA256:
             download(URLS, path, "pass a copy with --source=FILE", SHA256)
-        made_by = {"source": source or URLS[0], "sha256": sha256_of(path), "tokenizer": tokenizer,
+        text = read_text(path)  # once: it may be a pipe
+        made_by = {"source": source or URLS[0], "tokenizer": tokenizer,
+                   "sha256": hashlib.sha256(text.encode()).hexdigest(),
                    "val_fraction": val_fraction, "test_fraction": test_fraction}
+        if tokenizer == "bpe":
+            made_by["vocab_size"] = vocab_size
         if is_complete(folder, made_by):
             return
-        text = read_text(path)
         # One cut for each split, as nanoGPT makes them: train is text[:int(0.9 * len(text))].
         shares = {"train": 1 - val_fraction - test_fraction, "val": val_fraction,
                   "test": test_fraction}
@@ -53,8 +64,12 @@ def main():
         for name in splits:
             require(splits[name] != [""],
                     f"{path}: {len(text)} characters are too few for a {name} split", 1)
-        encoder = tokenizer_from({"kind": tokenizer} if tokenizer != "char" else
-                                 {"kind": "char", "vocabulary": "".join(sorted(set(text)))})
+        if tokenizer == "char":
+            encoder = CharTokenizer("".join(sorted(set(text))))
+        elif tokenizer == "bpe":
+            encoder = learn_tokenizer(splits["train"], vocab_size)
+        else:
+            encoder = tokenizer_from({"kind": tokenizer})
         write_dataset(folder, splits, encoder, made_by=made_by)
     config = config_file(f"config/shakespeare_{'gpt2' if tokenizer == 'gpt2' else 'cpu'}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
@@ -66,6 +81,10 @@ def check_splits(settings):
             "--val_fraction and --test_fraction must be 0 or above and leave some to train on")
     require(Path(settings["dataset"]).name == settings["dataset"],
             "--dataset must be the plain name of a folder under data/")
+
+def check_vocab_size(settings):
+    require(settings["tokenizer"] != "bpe" or 257 <= settings["vocab_size"] <= 2 ** 16,
+            f"--vocab_size must be from 257 to 65536, not {settings['vocab_size']}")
 
 def is_complete(folder, made_by):
     """Whether folder holds a dataset made with just these settings; if so it says so."""
@@ -138,6 +157,74 @@ def map_in_order(function, items, workers):
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+# ---- byte pairs learned from a text ----
+
+def learn_tokenizer(texts, vocab_size, most=50_000_000):
+    """A BPETokenizer of the first most characters of the texts."""
+    counts = Counter()  # {piece: how often it occurs}
+    for text in texts:
+        counts.update(regex.findall(PIECES, text[:most]))
+        most -= len(text)
+        if most <= 0:
+            break
+    tokens = [token.decode("latin-1") for token in learn_bpe(counts, vocab_size - 257)]
+    return tokenizer_from({"kind": "bpe", "tokens": tokens})
+
+def learn_bpe(counts, merges):
+    """Tokens in the order learned: starting from bytes, the two neighbours that meet most often
+    in {piece: count} become one token, up to merges times (Sennrich et al. 2016). Ties go to the
+    smallest bytes. learn_bpe({"banana": 1, "ban": 2}, 2) is [b"an", b"ban"]."""
+    # For each byte of all pieces: the token that begins there, how often its piece occurs, and
+    # where the token before it and the one after it begin; -1: there is none.
+    tokens_at, times, before, after = [], array("i"), array("i"), array("i")
+    for piece, count in counts.items():
+        raw, first = piece.encode(), len(times)
+        tokens_at += [bytes([byte]) for byte in raw]
+        times.extend([count] * len(raw))
+        before.extend([-1, *range(first, first + len(raw) - 1)])
+        after.extend([*range(first + 1, first + len(raw)), -1])
+
+    met = Counter()  # {token that two neighbours would make: how often they meet}
+    where = defaultdict(partial(array, "i"))  # {that token: where the first of the two begins}
+    changed = set()  # those whose count has changed
+
+    def count_pair(i, sign):
+        if i >= 0 and after[i] >= 0:
+            token = tokens_at[i] + tokens_at[after[i]]
+            met[token] += sign * times[i]
+            changed.add(token)
+            if sign > 0:
+                where[token].append(i)
+
+    for i in range(len(times)):
+        count_pair(i, 1)
+    heap, learned = [], []
+    while len(learned) < merges:
+        for token in changed:
+            heapq.heappush(heap, (-met[token], token))
+        changed.clear()
+        while heap and -heap[0][0] != met[heap[0][1]]:
+            heapq.heappop(heap)  # its count has changed since, and it was pushed again
+        if not heap or -heap[0][0] < 2:
+            break  # what was met once is no pattern
+        token = heapq.heappop(heap)[1]
+        learned.append(token)
+        show_progress(f"learning tokens: {len(learned):,} of {merges:,}")
+        for i in sorted(where.pop(token)):
+            j = after[i]
+            if j < 0 or tokens_at[i] + tokens_at[j] != token:
+                continue  # one of the two belongs to another token by now
+            for k in (before[i], i, j):
+                count_pair(k, -1)
+            tokens_at[i], after[i], after[j] = token, after[j], -1
+            if after[i] >= 0:
+                before[after[i]] = i
+            for k in (before[i], i):
+                count_pair(k, 1)
+        changed.discard(token)
+    show_progress("")
+    return learned
 
 if __name__ == "__main__":
     main()

@@ -9,13 +9,12 @@ A story ends at <|endoftext|> or with its file. TinyStories: R. Eldan, Y. Li, ar
 """
 
 import hashlib
-import heapq
+import json
 import math
 import os
 import random
-import re
+import shutil
 from array import array
-from collections import Counter, defaultdict
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -24,12 +23,13 @@ from string import Formatter
 import numpy as np
 
 from config import at_least, config_file, configure, one_of, require, stop_on_error
-from model import (EOT, PIECES, CharTokenizer, atomic_write, download, sha256_of, show_progress,
+from model import (EOT, CharTokenizer, atomic_write, download, plain, sha256_of, show_progress,
                    tokenizer_from)
-from prepare_shakespeare import check_splits, is_complete, write_dataset
+from prepare_shakespeare import (check_splits, check_vocab_size, is_complete, learn_tokenizer,
+                                 write_dataset)
 
 # Stories
-source = "tinystories"   # tinystories, tinystories_v2, grammar, a file or folder of .txt files
+source = "tinystories"   # tinystories, tinystories_v2, grammar, a file or folder: .txt, .jsonl
 max_stories = 0          # take the first so many; 0: all, of grammar 20,000
 fraction = 1.0           # share of these that is used, chosen at random
 # Splits, by whole stories
@@ -58,16 +58,16 @@ def main():
     kind = "grammar" if source == "grammar" else "tinystories"
     folder = Path("data", dataset or f"{kind}_{tokenizer}")
     paths, val_paths, nats = [], [], {}
-    if source not in (*HUB_FILES, "grammar"):
-        paths = text_files("source", source)
-    if val_source not in ("", "official"):
-        val_paths = text_files("val_source", val_source)
-    made_by = {name: value for name, value in settings.items()
-               if name not in ("workers", "chunk_size", "hub", "dataset")}
-    made_by["sha256"] = sha256_of_all(paths + val_paths)  # of what is not a download
-    if is_complete(folder, made_by):
-        return
     with stop_on_error():
+        if source not in (*HUB_FILES, "grammar"):
+            paths = text_files("source", source)
+        if val_source not in ("", "official"):
+            val_paths = text_files("val_source", val_source)
+        made_by = {name: value for name, value in settings.items()
+                   if name not in ("workers", "chunk_size", "hub", "dataset")}
+        made_by["sha256"] = sha256_of_all(paths + val_paths)  # of what is not a download
+        if is_complete(folder, made_by):
+            return
         if source in HUB_FILES:
             paths = [from_hub(HUB_FILES[source][0], max_stories)]
         if val_source == "official":
@@ -101,8 +101,7 @@ def check_settings():
     at_least(1, settings, "chunk_size", "bpe_sample")
     check_splits(settings)
     require(0 < fraction <= 1, f"--fraction must be above 0 and at most 1, not {fraction}")
-    require(tokenizer != "bpe" or 257 <= vocab_size <= 2 ** 16,
-            f"--vocab_size must be from 257 to 65536, not {vocab_size}")
+    check_vocab_size(settings)
     require(val_source != "official" or source in HUB_FILES,
             "--val_source=official goes with --source=tinystories or tinystories_v2")
     require(not val_source or source != "grammar",
@@ -111,9 +110,22 @@ def check_settings():
 # ---- where stories come from ----
 
 def text_files(name, path):
-    """The file at path, or the .txt files of the folder there, in the order of their names."""
-    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.txt"))
-    require(files, f"--{name}={path}: no such file, nor a folder of .txt files")
+    """The file at path, or the .txt and .jsonl files in the folder there, in the order of their
+    names. What can be read only once, a pipe, is copied to data/ first."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in inside if file.suffix.lower() in (".txt", ".jsonl")]
+        print(f"{path}: {len(files)} .txt and .jsonl files, {len(inside) - len(files)} others "
+              f"left out")
+    else:
+        files = [path] * path.exists()
+    require(files, f"--{name}={path}: no such file, nor a folder of .txt or .jsonl files")
+    if not files[0].is_file():
+        Path("data").mkdir(exist_ok=True)
+        files = [Path("data", f"piped_{name}.txt")]
+        with open(path, "rb") as pipe, atomic_write(files[0]) as copy:
+            shutil.copyfileobj(pipe, copy)
     return files
 
 def sha256_of_all(paths):
@@ -143,8 +155,12 @@ def from_hub(name, wanted=0):
 
 def read_stories(paths, size=1_000_000, tail=True):
     """Yields the stories of files, stripped and some of them empty, from size bytes at a time.
-    With tail, what follows the last EOT is a story, too. Raises OSError or ValueError."""
+    With tail, what follows the last EOT is a story, too. Of .jsonl each line's "text" is one.
+    Raises OSError or ValueError."""
     for path in paths:
+        if path.suffix.lower() == ".jsonl":
+            yield from json_stories(path)
+            continue
         with open(path, "rb") as file:
             rest, length = b"", path.stat().st_size
             while block := file.read(size):
@@ -159,9 +175,18 @@ def read_stories(paths, size=1_000_000, tail=True):
             if tail and rest.strip():
                 yield from split_stories(rest, path, length - len(rest))
 
+def json_stories(path):
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield plain(json.loads(line)["text"]).strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f'{path}, line {number}, is no JSON like {{"text": "..."}}, '
+                                 f"remove it or write a .txt with {EOT} behind each story") from None
+
 def split_stories(raw, path, place):
     try:
-        return [story.strip() for story in raw.decode().split(EOT)]
+        return [story.strip() for story in plain(raw.decode()).split(EOT)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {place + error.start}, convert it first, "
                          f"as iconv does") from None
@@ -194,7 +219,8 @@ def assign_splits(count):
     chosen, first = {}, 0
     for split, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{count:,} stories are too few for a {split} split")
+            raise ValueError(f"{count:,} stories are too few for a {split} split: write {EOT} "
+                             f"behind each, or prepare a long text with prepare_shakespeare.py")
         chosen[split] = np.zeros(count, bool)
         chosen[split][order[first:first + size]] = True
         first += size
@@ -211,8 +237,7 @@ def make_tokenizer(splits):
     if tokenizer == "char":
         return CharTokenizer("".join(sorted({"\3"} | characters_of(splits))))
     if tokenizer == "bpe":
-        tokens = learn_bpe(count_pieces(splits["train"]()), vocab_size - 257)
-        return tokenizer_from({"kind": "bpe", "tokens": [t.decode("latin-1") for t in tokens]})
+        return learn_tokenizer(splits["train"](), vocab_size, bpe_sample)
     return tokenizer_from({"kind": tokenizer})
 
 def characters_of(splits):
@@ -227,63 +252,6 @@ def characters_of(splits):
         raise ValueError("the stories hold U+0003, which char keeps for end of text, remove it "
                          "or use --tokenizer=byte")
     return characters
-
-def count_pieces(stories):
-    """{piece: how often it occurs in the first bpe_sample characters of the stories}."""
-    counts, left = Counter(), bpe_sample
-    for story in stories:
-        if left <= 0:
-            break
-        counts.update(re.findall(PIECES, story))
-        left -= len(story)
-    return counts
-
-def learn_bpe(counts, merges):
-    """Tokens in the order learned: starting from bytes, the two neighbours that meet most often
-    in {piece: count} become one token, up to merges times (Sennrich et al. 2016). Ties go to the
-    smallest bytes. learn_bpe({"banana": 1, "ban": 2}, 2) is [b"an", b"ban"]."""
-    words = [[bytes([byte]) for byte in piece.encode()] for piece in counts]
-    times = list(counts.values())
-    met = Counter()             # {token that two neighbours would make: how often they meet}
-    where = defaultdict(set)    # {that token: the words it would be in}
-    for i, word in enumerate(words):
-        for pair in map(bytes.__add__, word, word[1:]):
-            met[pair] += times[i]
-            where[pair].add(i)
-
-    heap = [(-count, pair) for pair, count in met.items()]
-    heapq.heapify(heap)
-    tokens = []
-    while heap and len(tokens) < merges:
-        count, token = heapq.heappop(heap)
-        if -count < 2:
-            break  # what was met once is no pattern
-        if -count != met[token]:
-            continue  # its count has changed since, and it was pushed again
-        tokens.append(token)
-        changed = set()
-        for i in where.pop(token):
-            for pair in map(bytes.__add__, words[i], words[i][1:]):
-                met[pair] -= times[i]
-                changed.add(pair)
-            words[i] = merge(words[i], token)
-            for pair in map(bytes.__add__, words[i], words[i][1:]):
-                met[pair] += times[i]
-                where[pair].add(i)
-                changed.add(pair)
-        for pair in changed - {token}:
-            heapq.heappush(heap, (-met[pair], pair))
-    return tokens
-
-def merge(word, token):
-    """word, a list of tokens, with any two neighbours that spell token made one."""
-    merged = []
-    for part in word:
-        if merged and merged[-1] + part == token:
-            merged[-1] = token
-        else:
-            merged.append(part)
-    return merged
 
 # ---- synthetic stories whose entropy is known ----
 

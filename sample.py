@@ -6,11 +6,13 @@
     python sample.py --start="Once upon a time" --max_new_tokens=12 --attention=maps.png
 """
 
+import codecs
 import json
 import math
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,25 +20,25 @@ from pathlib import Path
 import torch
 
 from config import at_least, configure, one_of, require, stop_on_error
-from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, PIECES, PRETRAINED, TRANSPOSED,
+from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, TRANSPOSED,
                    BPETokenizer, KVCache, atomic_write, compiled, encode_prompt,
-                   load_checkpoint, next_logits, pick_device, pick_dtype, stream)
+                   load_checkpoint, next_logits, pick_device, pick_dtype, stream, unescape)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 export = ""              # a folder to write for transformers, instead of text
-out_dir = ""             # folder of a run; empty: that of the newest best.pt under out/
-checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt
+out_dir = ""             # folder of a run; empty: that of the newest under out/
+checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt; or a path
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"           # of the weights: float32, bfloat16, float16 (CUDA); auto: the fastest
 compile = "auto"         # auto (on CUDA), true or false: torch.compile, which begins slowly
 # Text
-start = ""               # or FILE:prompt.txt; empty: as the run's samples
+start = ""               # \n is a line end; or FILE:prompt.txt; empty: as the run's samples
 interactive = False      # read prompt after prompt from the terminal
 num_samples = 1          # written side by side, as one batch; one alone is printed as it comes
 max_new_tokens = 500     # at most: the end of a text ends a sample, too
-stop_at = ""             # a string that ends a sample, and is left out
+stop_at = ""             # a string that ends a sample, and is left out; \n is a line end
 seed = 1337              # the same seed and settings, the same text; sample n has seed + n
 # How the next token is sampled, in this order
 repetition_penalty = 1.0  # above 1 makes tokens that stand in the text already less likely
@@ -50,6 +52,7 @@ length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
 # Pictures
 attention = ""           # a .png, .svg or .pdf to draw: what each token of the text attends to
 settings = configure(globals())
+stop_at = unescape(stop_at)
 
 def main():
     check_settings()
@@ -58,11 +61,11 @@ def main():
     with stop_on_error():
         source = init_from
         if init_from == "resume":
-            source = Path(out_dir or newest_run(), checkpoint)
+            source = find_checkpoint()
         saved = load_checkpoint(source, device, cache_dir)
         model, tokenizer = saved["model"], saved["tokenizer"]
         if export:
-            write_pretrained(model, tokenizer, Path(export))
+            write_pretrained(model, tokenizer, Path(export).expanduser())
             return print(f"{source} as {export}, for AutoModelForCausalLM.from_pretrained")
     # Each token reads all weights from memory: half the bytes are faster, if there are many.
     model.to(pick_dtype(dtype, device, large=model.num_params() > 10e6))
@@ -75,13 +78,17 @@ def main():
             except (ValueError, OSError) as error:  # of this prompt alone
                 print(error, file=sys.stderr)
                 continue
-            write(model, tokenizer, ids, read_token)
+            with stop_on_error():
+                write(model, tokenizer, ids, read_token)
         return
     with stop_on_error(2):
-        prompt = start or saved.get("settings", {}).get("start", "")
-        ids = encode_prompt(tokenizer, prompt).to(device)
+        ids = encode_prompt(tokenizer, unescape(start))
+    with suppress(ValueError, OSError):  # the run's may be a file that is gone
+        if not start:
+            ids = encode_prompt(tokenizer, unescape(saved["settings"]["start"]))
     print(f"{source}:", file=sys.stderr)
-    ids = write(model, tokenizer, ids, read_token)
+    with stop_on_error():
+        ids = write(model, tokenizer, ids.to(device), read_token)
     if attention:
         plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to "
                                               f"those up to it (across)")
@@ -105,11 +112,19 @@ def check_settings():
                 f"--attention must be a file like maps.png, .svg or .pdf, not {attention!r}")
         require(find_spec("matplotlib"), "--attention needs pip install matplotlib")
 
-def newest_run():
-    """The folder of the best.pt written last."""
-    paths = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    require(paths, "no best.pt under out/ yet, train a model first or give its --out_dir", 1)
-    return paths[-1].parent
+def find_checkpoint():
+    """The file of the run in out_dir, else of the newest under out/. A run has a best.pt from its
+    first evaluation on; until then last.pt stands in."""
+    if "/" in checkpoint:
+        return Path(checkpoint).expanduser()
+    runs = {path.parent for path in Path("out").rglob("*.pt")}
+    paths = [run / checkpoint for run in ([Path(out_dir).expanduser()] if out_dir else runs)]
+    if checkpoint == "best.pt":
+        paths = [path if path.exists() else path.with_name("last.pt") for path in paths]
+    paths = [path for path in paths if path.exists()]
+    require(paths, f"no {checkpoint} under {out_dir or 'out'}/ yet, train a model first or give "
+            f"its --out_dir", 1)
+    return max(paths, key=lambda path: path.stat().st_mtime)
 
 def compile_reading(model, device):
     """model.hidden compiled for one token at a time; None where unwanted or impossible."""
@@ -125,7 +140,10 @@ def prompts():
     """Lines typed at the terminal, until one is empty or it is closed."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().removesuffix("\n")
+        try:
+            line = input()
+        except EOFError:
+            return
         if not line:
             return
         yield line
@@ -138,8 +156,7 @@ def write(model, tokenizer, ids, read_token=None):
     shared = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size, "read_token": read_token}
     if num_beams > 1:
         out = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, **shared)
-        text, _ = cut_at_end(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
-        print(prompt + text)
+        print(prompt, *map(Text(tokenizer).append, [*out[0, ids.shape[1]:].tolist(), None]), sep="")
         return out[0].tolist()
     generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
     new = stream(model, ids.repeat(num_samples, 1), max_new_tokens, generators, **shared,
@@ -153,45 +170,49 @@ def write(model, tokenizer, ids, read_token=None):
 
 def print_one(new, tokenizer, prompt):
     """Prints a text as it comes, from an iterator of (1, 1) ids. Returns [its ids]."""
-    row, shown, text = [], 0, ""
+    text = Text(tokenizer)
     print(prompt, end="", flush=True)
     for ids in new:
-        row.append(ids.item())
-        text, done = cut_at_end(tokenizer.decode(row))
-        settled = shown_part(text)
-        print(settled[shown:], end="", flush=True)
-        shown = max(shown, len(settled))
-        if done:
+        print(text.append(ids.item()), end="", flush=True)
+        if text.ended:
             break
-    print(text[shown:])
-    return [row]
+    print(text.append())
+    return [text.ids]
 
 def print_many(new, tokenizer, prompt):
     """Prints texts once all have ended, from an iterator of (B, 1) ids. Returns their ids."""
-    rows, texts = [[] for _ in range(num_samples)], [""] * num_samples
-    done = [False] * num_samples
+    texts = [Text(tokenizer) for _ in range(num_samples)]
+    parts = [prompt] * num_samples
     for ids in new:
-        for row, ended, token in zip(rows, done, ids[:, 0].tolist()):
-            row += [] if ended else [token]
-        texts, done = zip(*(cut_at_end(tokenizer.decode(row)) for row in rows))
-        if all(done):
+        parts = [part + text.append(token)
+                 for part, text, token in zip(parts, texts, ids[:, 0].tolist())]
+        if all(text.ended for text in texts):
             break
-    print("\n----\n".join(prompt + text for text in texts))
-    return rows
+    print("\n----\n".join(part + text.append() for part, text in zip(parts, texts)))
+    return [text.ids for text in texts]
 
-def cut_at_end(text):
-    """(text up to its end, whether it has ended): at the end of a text or at stop_at."""
-    ends = [text.find(mark) for mark in (EOT, stop_at) if mark and mark in text]
-    return text[:min(ends, default=None)], bool(ends)
+class Text:
+    """A text that comes token by token, each decoded once, up to its end or to stop_at."""
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.ended = tokenizer, [], False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.rest = ""  # what may become stop_at
 
-def shown_part(text):
-    """The part of a growing text that can be shown: without a character whose bytes have not
-    all come, and without what may become stop_at."""
-    text = text.rstrip("\ufffd")
-    for length in range(min(len(stop_at), len(text)), 0, -1):
-        if text.endswith(stop_at[:length]):
-            return text[:-length]
-    return text
+    def append(self, token=None):
+        """Takes the next token, or None after the last. Returns what can be shown now: no
+        character whose bytes have not all come, and no beginning of stop_at."""
+        if self.ended:
+            return ""
+        self.ids += [] if token is None else [token]
+        self.ended = token in (None, self.tokenizer.eot)
+        new = b"" if self.ended else self.tokenizer.token(token)
+        text = self.rest + self.decoder.decode(new, final=self.ended)
+        if stop_at and stop_at in text:
+            self.ended, text = True, text[:text.index(stop_at)]
+        ends = [n for n in range(1, len(stop_at)) if text.endswith(stop_at[:n]) and not self.ended]
+        shown = len(text) - max(ends, default=0)
+        self.rest = text[shown:]
+        return text[:shown]
 
 @torch.no_grad()
 def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=None,
@@ -287,12 +308,17 @@ def write_pretrained(model, tokenizer, folder):
         "n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer,
         "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner or None,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-        "tie_word_embeddings": c.tied, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}}
+        "tie_word_embeddings": c.tied, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
+        "n_ctx": c.block_size},  # of converters to other programs
+        "generation_config.json": {"max_length": c.block_size, "bos_token_id": tokenizer.eot,
+                                   "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}}
     if isinstance(tokenizer, BPETokenizer):
+        eot = tokenizer.decode([] if tokenizer.eot is None else [tokenizer.eot]) or None
         files["tokenizer.json"] = tokenizer_json(tokenizer)
         files["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size,
-            "bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False}
+            "bos_token": eot, "eos_token": eot, "unk_token": eot, "pad_token": eot,
+            "clean_up_tokenization_spaces": False}
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
@@ -314,16 +340,10 @@ def write_safetensors(path, weights, spec):
 def tokenizer_json(tokenizer):
     """A byte-pair tokenizer as Hugging Face's tokenizers keep one: bytes as printable
     characters, and the pairs that are merged, where tiktoken has ranks."""
-    ranks = tokenizer.encoding._mergeable_ranks
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-
     def letters_of(token):
-        return "".join(letters[byte] for byte in token)
+        return "".join(LETTERS[byte] for byte in token)
 
-    merges = []
+    ranks, merges = tokenizer.ranks, []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:  # by the pairs that came before it, it is down to its own pair
@@ -332,23 +352,22 @@ def tokenizer_json(tokenizer):
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append([letters_of(part) for part in parts])
-    gpt2 = tokenizer.spec["kind"] == "gpt2"
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps = [bytes_only | {"use_regex": gpt2}]
-    if not gpt2:
-        steps.insert(0, {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated",
-                         "invert": False})
+    cut = {"type": "Split", "pattern": {"Regex": tokenizer.pieces}, "behavior": "Isolated",
+           "invert": False}
     return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-            "added_tokens": [{"id": tokenizer.eot, "content": EOT, "single_word": False,
-                              "lstrip": False, "rstrip": False, "normalized": False,
-                              "special": True}],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False,
+                              "rstrip": False, "normalized": False, "special": True}
+                             for text, i in tokenizer.special.items()],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                cut, bytes_only | {"use_regex": False}]},
             "post_processor": None, "decoder": bytes_only | {"use_regex": False},
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {letters_of(token): rank for token, rank in ranks.items()}
-                      | {EOT: tokenizer.eot}, "merges": merges}}
+                      "vocab": {letters_of(token): int(tokenizer.ids[rank])
+                                for token, rank in ranks.items()} | tokenizer.special,
+                      "merges": merges}}
 
 if __name__ == "__main__":
     main()

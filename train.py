@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
+import zlib
+from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ from config import (SIGNALS, at_least, catch_signals, configure, declared_settin
                     require, stop_on_error)
 from model import (EOT, GPT, PRETRAINED, GPTConfig, atomic_write, compiled, encode_prompt,
                    load_checkpoint, pick_device, pick_dtype, reading, save_checkpoint,
-                   show_progress, tokenizer_from)
+                   show_progress, tokenizer_from, unescape)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -87,7 +88,7 @@ eval_epochs = 0.0            # passes over the training tokens; > 0 replaces eva
 eval_iters = 0               # batches per split; 0: all of val and as many windows of train
 log_interval = 10            # steps; 0: only with an evaluation
 sample_interval = 0          # steps between samples of the model's text; 0: none
-start = "\n"                 # what those samples continue; FILE:prompt.txt reads a file
+start = ""                   # what those samples continue; FILE:prompt.txt reads a file
 save_interval = 0            # steps between saves of last.pt, besides those of evaluations
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
 log_grad_norms = False       # each layer's, too: grad_norms.csv, a heat map in loss.png
@@ -101,6 +102,7 @@ device = "auto"              # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"               # auto, float32, bfloat16 or float16 (CUDA only)
 compile = "auto"             # auto (on CUDA), true or false: torch.compile
 settings = configure(globals())
+dataset = settings["dataset"] = dataset.removeprefix("data/").rstrip("/")
 
 # A resumed run may change these; with any other it would be another run.
 FREE_ON_RESUME = {name for name, setting in declared_settings(__file__).items()
@@ -110,9 +112,9 @@ FREE_ON_RESUME = {name for name, setting in declared_settings(__file__).items()
 # every world_size-th batch of a step, from its rank on; rank 0 prints and writes.
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def main():
+def main(cleanup):
     # ---- the machine ----
-    run_dir = Path(out_dir or f"out/{dataset}")
+    run_dir = Path(out_dir or f"out/{dataset}").expanduser()
     check_settings(run_dir)
     with stop_on_error(2):
         device = join_processes(pick_device(settings["device"]))  # hides the setting
@@ -125,22 +127,24 @@ def main():
     # ---- the data ----
     meta, tokenizer, data = load_dataset(Path("data", dataset))
     floor = meta["splits"]["val"].get("nats_per_token")  # the text's own entropy, if known
+    checksums = {split: zlib.crc32(rows.tokens) for split, rows in data.items()}
     # Ids that pad the vocabulary stand in no text: the model learns that they are unlikely.
     padded = math.ceil(tokenizer.vocab_size / vocab_multiple) * vocab_multiple
     shape = {name: settings[name] for name in GPTConfig.__annotations__ if name in settings}
     with stop_on_error(2):
         config = GPTConfig(vocab_size=padded, **shape)
-        prompt = encode_prompt(tokenizer, start) if sample_interval else None
+        prompt = encode_prompt(tokenizer, unescape(start)) if sample_interval else None
 
     # ---- the model: of a run, new, or with the weights of others ----
     # A resumed run is the same run by these alone: batches and random numbers follow from step.
     progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0)
     source, states = init_from, []
     if init_from == "resume":
-        source = run_dir / (checkpoint or ("best.pt" if eval_only else "last.pt"))
+        source = checkpoint or ("best.pt" if eval_only else "last.pt")
+        source = Path(source).expanduser() if "/" in source else run_dir / source
         saved = load_model(source, tokenizer, device)
         raw = saved["model"]
-        progress, states = training_state(saved, source, progress)
+        progress, states = training_state(saved, source, progress, checksums)
     elif init_from == "scratch":
         torch.manual_seed(random_seed("weights"))
         raw = GPT(config).to(device)
@@ -172,6 +176,7 @@ def main():
     steps_per_epoch = data["train"].per_epoch / rows
     first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
+    require(not 0 < patience <= progress["stale"], f"{source} stopped early, raise --patience")
     require(first < steps or not first, f"{source} has {first} steps, raise --max_iters or --max_epochs")
     require(not profile or steps - first >= 3 + profile,
             f"--profile={profile} needs {3 + profile} steps, raise --max_iters or --max_epochs")
@@ -181,7 +186,7 @@ def main():
     profiler = start_profiler(run_dir, device)
     if rank == 0:
         open_run(run_dir, first)
-    signals, stopped_by = catch_signals(), 0
+    signals, stopped_by = cleanup.enter_context(catch_signals()), 0
     began = time.time() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
         log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, floor)
@@ -190,15 +195,17 @@ def main():
         # ---- one step ----
         step_began, lr = time.time(), learning_rate_at(step, steps)
         loss = torch.zeros((), device=device)
+        spans = [row_spans(data["train"], step, i) for i in range(gradient_accumulation_steps)]
+        targets = [sum(last - first for first, last in part) for part in spans]
         for micro in range(rank, gradient_accumulation_steps, world_size):
-            x, y = batch(data["train"], step, micro, device)
+            x, y = read_rows(data["train"], spans[micro], device)
             if dropout or layerdrop:  # else nothing is random, and seeding costs time
                 torch.manual_seed(random_seed("dropout", step, micro))
             last = micro + world_size >= gradient_accumulation_steps
             # backward() adds up micro-steps, DDP averages processes (at the last; with layerdrop
-            # at each, as the last may skip a block). We want the mean of all.
+            # at each, as the last may skip a block). We want the mean over the step's targets.
             model.require_backward_grad_sync = last or layerdrop > 0
-            share = forward(x, y)[1] / gradient_accumulation_steps
+            share = forward(x, y)[1] / (sum(targets) / targets[micro])
             scaler.scale(share * world_size).backward()
             loss += share.detach()
 
@@ -214,15 +221,15 @@ def main():
         loss, *stops = summed(device, loss.item(), *(number in signals for number in SIGNALS))
         require_finite(step + 1, loss=loss, gradient=0.0 if scaler.is_enabled() else grad_norm)
 
-        # Update. A float16 step whose gradients overflow the scaler skips, and scales less.
+        # Update; but where float16 gradients overflow no optimizer steps, and the scale sinks.
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
-            scaler.step(opt)
+            if math.isfinite(grad_norm):
+                opt.step()
             opt.zero_grad()
-        scale = scaler.get_scale()
         scaler.update()
-        progress["skipped"] += scaler.get_scale() < scale
+        progress["skipped"] += not math.isfinite(grad_norm)
 
         # ---- what follows only looks, and saves ----
         done, now = step + 1, time.time()
@@ -239,7 +246,8 @@ def main():
         if every(log_interval, done) or "val" in row:
             log(row, run_dir, floor, by_layer)
         if every(sample_interval, done) and rank == 0:
-            write_sample(raw, tokenizer, prompt.to(device), done, run_dir / "samples.txt")
+            with stop_on_error():
+                write_sample(raw, tokenizer, prompt.to(device), done, run_dir / "samples.txt")
         if every(snapshot_interval, done):
             names.append(f"step_{done}.pt")
         stopped_by = next((number for number, seen in zip(SIGNALS, stops) if seen), 0)
@@ -251,7 +259,8 @@ def main():
             names.append("last.pt")  # after best.pt, on which its progress counts
             for name in names if rank == 0 else ():
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
-                                progress=progress, states=[part.state_dict() for part in stateful])
+                                progress=progress, checksums=checksums,
+                                states=[part.state_dict() for part in stateful])
         if profiler:
             (profiler.stop if leaving else profiler.step)()
         if leaving:
@@ -301,6 +310,8 @@ def load_dataset(folder):
             if len(tokens) != counts["tokens"] or tokens.max() >= tokenizer.vocab_size:
                 raise ValueError(f"{split}.bin is not what meta.json says")
             rows = Documents(tokens, tokenizer.eot) if document_rows else Windows(tokens)
+            require(rows.number >= 1 or not document_rows, f"{folder}/{split}.bin holds no ends of "
+                    f"texts: write {EOT} behind each, or give --document_rows=False")
             require(min(rows.per_epoch, rows.phases) >= 1, f"{folder}/{split}.bin: "
                     f"{len(tokens):,} tokens are too few for --block_size={block_size}")
             line = f"{split}: {len(tokens):,} tokens, {counts['characters']:,} characters"
@@ -367,14 +378,14 @@ def epoch_order(rows, epoch):
     generator.shuffle(order)
     return phase, order
 
-def batch(rows, step, micro, device="cpu"):
-    """x, y (B, T): the next rows of endless epochs, which follow from (seed, step, micro)."""
+def row_spans(rows, step, micro):
+    """The places of a batch's rows in endless epochs, which follow from (seed, step, micro)."""
     first, spans = (step * gradient_accumulation_steps + micro) * batch_size, []
     for number in range(first, first + batch_size):
         epoch, i = divmod(number, rows.per_epoch)
         phase, order = epoch_order(rows, epoch)
         spans.append(rows.span(int(order[i]), phase))
-    return read_rows(rows, spans, device)
+    return spans
 
 # ---- optimizers and schedule ----
 
@@ -522,14 +533,17 @@ def load_model(path, tokenizer, device, **changes):
             f"it with --tokenizer={spec['kind']}, of the same text where that is char", 1)
     return saved
 
-def training_state(saved, path, progress):
-    """(progress, optimizers' states) of a checkpoint, if its settings are this run's."""
+def training_state(saved, path, progress, checksums):
+    """(progress, optimizers' states) of a checkpoint, if its settings and data are this run's."""
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
         progress = {name: type(value)(saved["progress"][name]) for name, value in progress.items()}
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
+        anew = f"or begin with its weights: --init_from={path} and another --out_dir"
         require(not changed, f"{path} was trained with {' '.join(changed)}, resume it with "
-                f"the same or train anew in another --out_dir")
+                f"the same {anew}")
+        require(checksums | saved.get("checksums", {}) == checksums, f"{path} was trained on "
+                f"another text than data/{dataset} holds now, prepare that again {anew}")
         return progress, saved["states"]
 
 def restore(stateful, states, path):
@@ -550,7 +564,7 @@ COLUMNS = {  # name: (width, format)
     "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"), "tok/s": (11, ",.0f"),
     "elapsed": (9, ",.0f"), "eta": (9, ",.0f")}  # the last two in seconds
 FILES = ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "grad_norms.csv", "loss.png",
-         "loss_by_position.png", "trace.json.gz", "samples.txt")
+         "loss_by_position.png", "trace.json.gz", "samples.txt", "wandb.txt")
 
 def open_run(run_dir, step):
     """Prints the head of the log. A new run removes what another has left in its folder; a
@@ -568,7 +582,11 @@ def open_run(run_dir, step):
                 file.write("".join((head, *lines)).encode())
     if wandb_log:
         import wandb
-        wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, config=settings)
+        path = run_dir / "wandb.txt"  # its id, by which a resumed run goes on in the same one
+        known = path.read_text() if path.is_file() else None
+        run = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, id=known,
+                         config=settings, resume="allow")
+        path.write_text(run.id)
 
 def log(row, run_dir, floor, by_layer={}):
     """Shows a row and keeps it in metrics.csv, grad_norms.csv (by_layer), loss.png and wandb."""
@@ -702,7 +720,7 @@ def compile_blocks(raw, autocast, rows, device):
     def attempt():
         for block in raw.h:
             block.compile()
-        autocast(raw.forward)(*batch(rows, 0, 0, device))[1].backward()
+        autocast(raw.forward)(*read_rows(rows, row_spans(rows, 0, 0), device))[1].backward()
         return raw
     if not compiled(compile.lower(), device, attempt):
         torch.compiler.set_stance("force_eager")
@@ -793,7 +811,8 @@ def start_profiler(run_dir, device):
         return profiler
 
 if __name__ == "__main__":
-    status = main()
+    with ExitStack() as cleanup:
+        status = main(cleanup)
     if world_size > 1:  # else one run in six aborts at exit, the group's threads still there
         gc.collect()    # what is left of DDP, which holds the group
         distributed.destroy_process_group()

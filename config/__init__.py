@@ -11,18 +11,20 @@ A script declares its settings as plain lines and ends them with one call:
 
 import ast
 import difflib
+import errno
 import math
 import os
 import re
 import runpy
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-SIGNALS = signal.SIGINT, signal.SIGTERM
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 class Setting(NamedTuple):
     """A line `name = value  # help` of a script, below a comment line, its section."""
@@ -56,7 +58,8 @@ def configure(namespace):
     if namespace["__name__"] != "__main__":
         return values
     sys.excepthook = _report
-    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     anywhere = dict(declared)  # and of any script, which only a config file may name
     for path in script.parent.glob("*.py"):
         anywhere = declared_settings(path) | anywhere
@@ -108,20 +111,29 @@ def stop_on_error(status=1):
     try:
         yield
     except (ValueError, OSError) as error:
-        stop(str(error), status)
+        stop(str(error) + _remedy(error), status)
 
+@contextmanager
 def catch_signals():
-    """A list that the first SIGINT or SIGTERM is appended to; a second one kills."""
-    received = []
+    """A list that the first Ctrl-C, SIGTERM or SIGHUP inside is appended to; a second one kills.
+    One that is ignored stays so, as nohup wants; a thread cannot catch any."""
+    received, before = [], {}
 
     def receive(number, frame):
         received.append(number)
-        for each in SIGNALS:
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
 
-    for number in SIGNALS:
-        signal.signal(number, receive)
-    return received
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        for number in before:
+            signal.signal(number, before[number])
 
 def config_file(default):
     """The last config file on the command line, or default where there is none."""
@@ -134,13 +146,24 @@ def _report(kind, error, trace):
     if issubclass(kind, MemoryError) or re.search(no_memory, str(error)):
         print("out of memory, make the batch, the context or the model smaller", file=sys.stderr)
     elif issubclass(kind, OSError) and kind is not BrokenPipeError:
-        print(f"{error}: make room, or choose a place that you may write to; what was saved "
-              f"before is whole", file=sys.stderr)
+        print(f"{error}{_remedy(error)}", file=sys.stderr)
     elif kind not in (KeyboardInterrupt, BrokenPipeError):
         sys.__excepthook__(kind, error, trace)
 
+def _remedy(error):
+    """What to do about an OSError, by the errno that it or its cause has."""
+    number = getattr(error, "errno", None) or getattr(error.__cause__, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ": make room; what was saved before is whole"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ": choose another place, or see to it that you may use this one"
+    return ": choose another place" if number else ""
+
 def _run_config(path, folder):
-    """The names a config file assigns; the modules it imports and its _names are its own."""
+    """The names a config file assigns; the modules it imports and its _names are its own. The file
+    may also lie beside the script."""
+    if not os.path.isfile(path) and os.path.isfile(folder / path):
+        path = str(folder / path)
     if not os.path.isfile(path):  # Path.is_file may raise where no file can have that name
         configs = [str(p.relative_to(folder)) for p in folder.glob("config/[!_]*.py")]
         hint = ", settings are written --name=value" if "=" in path else _suggest(path, configs)
@@ -168,6 +191,8 @@ def _typed(label, value, default, parse=False):
             value = {"true": True, "false": False}[value.lower()]
         elif parse or (kind is float and type(value) is int):
             value = kind(value)
+        elif kind is str and type(value) is bool:  # compile = False in a config
+            value = str(value)
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise ValueError
     except (ValueError, KeyError, OverflowError):

@@ -50,8 +50,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train as script  # noqa: E402
 from model import (EOT, GPT, BPETokenizer, CharTokenizer, Dropout, GPTConfig,  # noqa: E402
                    cross_entropy, fused_attention, load_checkpoint, save_checkpoint)
-from prepare_shakespeare import write_dataset  # noqa: E402
-from prepare_tinystories import count_pieces, learn_bpe, read_stories  # noqa: E402
+from prepare_shakespeare import learn_tokenizer, write_dataset  # noqa: E402
+from prepare_tinystories import read_stories  # noqa: E402
 
 
 def race(label, candidates, rounds=15):
@@ -191,7 +191,7 @@ def encode(path):
             write_dataset(folder, {"train": stories}, gpt2, EOT, os.cpu_count())
 
     race(label, {"encode_ordinary": ordinary, "write_dataset": write}, rounds=5)
-    race(label, {"learn_bpe": lambda: learn_bpe(count_pieces(stories), 4096 - 257)}, rounds=3)
+    race(label, {"learn_tokenizer": lambda: learn_tokenizer(stories, 4096)}, rounds=3)
 
 
 def trust(rows=8, every=250):
@@ -242,7 +242,7 @@ def around():
         optimizers[0].zero_grad()
 
     def batch():
-        script.batch(rows, 1, 0)
+        script.read_rows(rows, script.row_spans(rows, 1, 0), "cpu")
         script.learning_rate_at(200, 5000)
         loss, *_ = script.summed("cpu", 1.0, False, False)
         script.require_finite(1, loss=loss, gradient=1.0)
@@ -322,7 +322,9 @@ def padding(run, steps="40"):
     torch.manual_seed(0)  # of dropout; read_rows is still the padded one
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-4)  # as published
     for number in range(int(steps)):
-        forward(*script.batch(data["train"], number, 0))[1].backward()
+        rows = data["train"]
+        x, y = script.read_rows(rows, script.row_spans(rows, number, 0), "cpu")
+        forward(x, y)[1].backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

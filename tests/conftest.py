@@ -18,6 +18,7 @@ torch.set_num_threads(1)  # models this small are faster so, and much faster on 
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from config import SIGNALS  # noqa: E402
 from model import GPT, BPETokenizer, GPTConfig  # noqa: E402
 
 
@@ -51,7 +52,7 @@ def run(monkeypatch, capsys):
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # scripts set these, tests restore
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         capsys.readouterr()
         status = 0
         try:

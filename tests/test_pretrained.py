@@ -270,7 +270,8 @@ def test_a_cache_that_is_damaged_is_named(hub, run):
 
 def test_a_model_of_fewer_tokens_than_gpt2s_is_refused(gpt2, run):
     damaged(lambda header, body: header.update(__metadata__={"format": "pt"}))
-    one_sentence(run("sample.py", "--init_from=ours"), 1, "it has 256 tokens", "gpt2, has 50,257")
+    one_sentence(run("sample.py", "--init_from=ours"), 1, "its tokens are not GPT-2's",
+                 "tokenizer.json")
 
 
 # ---- training from weights ----
@@ -386,11 +387,13 @@ def test_a_nanogpt_checkpoint_without_its_characters_or_whole_is_one_sentence(na
 # ---- wandb ----
 
 def test_wandb_gets_the_figures_of_metrics_csv(train, monkeypatch):
-    rows = []
-    fake = SimpleNamespace(init=lambda **options: None, __spec__=SimpleNamespace(),
-                           log=lambda row, step: rows.append((step, row)))
+    rows, ids = [], []
+    fake = SimpleNamespace(init=lambda **options: ids.append(options["id"]) or SimpleNamespace(
+        id="abc"), __spec__=SimpleNamespace(), log=lambda row, step: rows.append((step, row)))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert train("--wandb_log=True").status == 0
+    assert train("--wandb_log=True", "--max_iters=3", "--lr_decay_iters=6").status == 0
+    assert train("--wandb_log=True", "--lr_decay_iters=6", "--init_from=resume").status == 0
+    assert ids == [None, "abc"]  # a resumed run goes on in the same one
     lines = Path("out/tiny/metrics.csv").read_text().splitlines()[1:]
     assert [step for step, _ in rows] == [int(line.split(",")[0]) for line in lines]
     assert float(lines[-1].split(",")[3]) == pytest.approx(rows[-1][1]["val"], rel=1e-5)

@@ -9,6 +9,7 @@ import torch
 from conftest import one_sentence
 
 import model
+from model import ByteTokenizer
 
 
 @pytest.fixture
@@ -58,7 +59,6 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
 
 @pytest.mark.parametrize("arguments, status, words", [
     (["--start=é"], 2, ["'é' (U+00E9, character 1 of the text)", "--tokenizer=byte"]),
-    (["--start=FILE:empty.txt"], 2, ["--start is empty"]),
     (["--start=FILE:nope.txt"], 2, ["nope.txt: no such file"]),
     (["--start=FILE:latin.txt"], 2, ["latin.txt is not UTF-8 at byte 0"]),
     (["--temperature=-1"], 2, ["--temperature must be at least 0"]),
@@ -74,7 +74,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--compile=maybe"], 2, ["--compile must be auto, true or false"]),
     (["--attention=x.png", "--num_samples=2"], 2, ["--attention shows one text, without"]),
     (["--attention=x.txt"], 2, ["--attention must be a file like maps.png, .svg or .pdf"]),
-    (["--out_dir=out/nope"], 1, ["out/nope/best.pt: no such checkpoint"]),
+    (["--out_dir=out/nope"], 1, ["no best.pt under out/nope/ yet", "--out_dir"]),
 ])
 def test_a_bad_prompt_or_setting_is_told_what_to_do(sample, arguments, status, words):
     Path("latin.txt").write_bytes(b"\xe9")
@@ -140,14 +140,11 @@ def test_a_sample_stops_before_the_stop_string_each_row_on_its_own(sample):
 def test_what_is_shown_of_a_growing_text_is_never_taken_back(run, monkeypatch):
     import sample as script
     monkeypatch.setattr(script, "stop_at", "END")
-    text = "ab é 漢 E EN ENDE"
-    raw, shown = text.encode(), ""
-    for end in range(len(raw) + 1):
-        grown, done = script.cut_at_end(raw[:end].decode("utf-8", "replace"))
-        now = grown if done else script.shown_part(grown)
-        assert now.startswith(shown) and text.startswith(now)
-        shown = now
-    assert shown == "ab é 漢 E EN "
+    text, shown = script.Text(ByteTokenizer()), ""
+    for token in "ab é 漢 E EN EENDE".encode():
+        shown += text.append(token)
+        assert "ab é 漢 E EN E".startswith(shown)
+    assert shown == "ab é 漢 E EN E" and text.ended and text.append(65) == text.append() == ""
 
 
 def test_prompt_after_prompt(sample, monkeypatch):

@@ -17,7 +17,8 @@ from conftest import one_sentence
 
 import prepare_tinystories
 from model import EOT, tokenizer_from
-from prepare_tinystories import GRAMMAR, learn_bpe, read_stories, write_story
+from prepare_shakespeare import learn_bpe
+from prepare_tinystories import GRAMMAR, read_stories, write_story
 
 WORDS = "Once a cat saw the small dog run to that old tree ‘why?’ said Tom’s mum\n".split(" ")
 STORIES = [" ".join(random.Random(i).choices(WORDS, k=5 + i % 30)).strip() for i in range(200)]
@@ -144,7 +145,7 @@ def test_killed_at_any_moment_it_finishes_with_the_same_bytes(prepare, monkeypat
     (f" {EOT}\n", [], 1, ["s.txt holds no stories"]),
     (f"a{EOT}b", [], 1, ["2 stories are too few for a val split"]),
     (f"a{EOT}b\3", ["--val_fraction=0.5"], 1, ["U+0003", "--tokenizer=byte"]),
-    ("a", ["--source=nope"], 2, ["--source=nope: no such file, nor a folder of .txt files"]),
+    ("a", ["--source=nope"], 2, ["--source=nope: no such file, nor a folder of .txt or .jsonl files"]),
     ("a", ["--val_source=nope"], 2, ["--val_source=nope"]),
     ("a", ["--val_source=official"], 2, ["goes with --source=tinystories"]),
     ("a", ["--source=grammar", "--val_source=s.txt"], 2, ["leave --val_source out"]),
