@@ -18,10 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from config import at_least, configure, one_of, require, stop_on_error
 from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, TRANSPOSED,
-                   BPETokenizer, KVCache, atomic_write, compiled, encode_prompt,
+                   BPETokenizer, KVCache, Linear, atomic_write, compiled, encode_prompt,
                    load_checkpoint, next_logits, pick_device, pick_dtype, stream, unescape)
 
 # Model
@@ -68,7 +69,7 @@ def main():
             write_pretrained(model, tokenizer, Path(export).expanduser())
             return print(f"{source} as {export}, for AutoModelForCausalLM.from_pretrained")
     # Each token reads all weights from memory: half the bytes are faster, if there are many.
-    model.to(pick_dtype(dtype, device, large=model.num_params() > 10e6))
+    set_dtype(model, dtype, device, num_samples)
     read_token = compile_reading(model, device)
     if interactive:
         print(f"{source}, an empty line or Ctrl-D ends", file=sys.stderr)
@@ -83,7 +84,7 @@ def main():
         return
     with stop_on_error(2):
         ids = encode_prompt(tokenizer, unescape(start))
-    with suppress(ValueError, OSError):  # the run's may be a file that is gone
+    with suppress(KeyError, ValueError, OSError):  # the run's may be a file that is gone
         if not start:
             ids = encode_prompt(tokenizer, unescape(saved["settings"]["start"]))
     print(f"{source}:", file=sys.stderr)
@@ -125,6 +126,32 @@ def find_checkpoint():
     require(paths, f"no {checkpoint} under {out_dir or 'out'}/ yet, train a model first or give "
             f"its --out_dir", 1)
     return max(paths, key=lambda path: path.stat().st_mtime)
+
+def set_dtype(model, name, device, rows):
+    """Gives the weights the number type of a setting; auto: in which the matrices, up to 100 MB of
+    them, are the fastest for a token of each row, with either product where it is one row."""
+    matrices, size = [], 0
+    for module in model.h.modules():
+        if isinstance(module, Linear) and size < 1e8:
+            matrices.append(module.weight.detach())
+            size += module.weight.nbytes
+
+    def trial(product, dtype):
+        x = {w.shape[1]: torch.ones(rows, w.shape[1], dtype=dtype) for w in matrices}
+        weights = [w.to(dtype) for w in matrices]
+        return lambda: [product(x[w.shape[1]], w) for w in weights]
+
+    trials = {"float32": None}
+    if size > 1e7:  # smaller ones a processor keeps at hand
+        trials = {"float32": trial(F.linear, torch.float32),
+                  "bfloat16": trial(F.linear, torch.bfloat16)}
+        if rows == 1:
+            trials["bfloat16 by mv"] = trial(lambda x, w: torch.mv(w, x[0]), torch.bfloat16)
+    name, *by_mv = pick_dtype(name, device, trials).split()
+    model.to(getattr(torch, name))
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.by_mv = bool(by_mv)
 
 def compile_reading(model, device):
     """model.hidden compiled for one token at a time; None where unwanted or impossible."""

@@ -9,6 +9,7 @@ Writes out/<run>/best.pt, last.pt, metrics.csv and loss.png; python sample.py th
 
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ overwrite = False            # a new run may replace the one in out_dir
 # Length
 max_iters = 5000             # steps
 max_epochs = 0.0             # passes over the training tokens; > 0 replaces max_iters
+max_minutes = 0.0            # of the run, evaluations included; > 0 replaces both
 patience = 0                 # evaluations without a better val loss that stop it; 0: never
 # Data
 seed = 1337                  # of the weights, batches and dropout
@@ -119,9 +121,6 @@ def main(cleanup):
     with stop_on_error(2):
         device = join_processes(pick_device(settings["device"]))  # hides the setting
     keep_memory()
-    # Mixed precision: products in amp, weights in float32 (tests/benchmark.py dtype).
-    amp = pick_dtype(dtype, device, large=n_embd >= 128)
-    autocast = torch.autocast(device.type, amp, enabled=amp != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 
     # ---- the data ----
@@ -133,12 +132,14 @@ def main(cleanup):
     shape = {name: settings[name] for name in GPTConfig.__annotations__ if name in settings}
     with stop_on_error(2):
         config = GPTConfig(vocab_size=padded, **shape)
+        require_memory(config, device)
         prompt = encode_prompt(tokenizer, unescape(start)) if sample_interval else None
 
     # ---- the model: of a run, new, or with the weights of others ----
     # A resumed run is the same run by these alone: batches and random numbers follow from step.
-    progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0)
-    source, states = init_from, []
+    progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0,
+                    steps=0)  # that max_minutes allows, once some have been timed
+    source, states, saved = init_from, [], {}
     if init_from == "resume":
         source = checkpoint or ("best.pt" if eval_only else "last.pt")
         source = Path(source).expanduser() if "/" in source else run_dir / source
@@ -154,6 +155,9 @@ def main(cleanup):
         raw = load_model(source, tokenizer, device, **changes)["model"]
     print(f"model: {raw.num_params():,} parameters, vocabulary of {raw.config.vocab_size:,}, "
           f"{raw.flops_per_token() / 1e6:,.1f} MFLOPs to train on a token")
+    # Mixed precision: products in amp, weights in float32.
+    amp = choose_dtype(raw, saved, device)
+    autocast = torch.autocast(device.type, amp, enabled=amp != torch.float32)
     if eval_only:
         return report(autocast(raw.eval().forward), data, meta, device, run_dir, source)
 
@@ -177,12 +181,22 @@ def main(cleanup):
     first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
     require(not 0 < patience <= progress["stale"], f"{source} stopped early, raise --patience")
-    require(first < steps or not first, f"{source} has {first} steps, raise --max_iters or --max_epochs")
+    each_step, each_evaluation = time_a_step(raw, autocast, data, device)
+    if max_minutes:
+        left = 60 * max_minutes - progress["seconds"] - each_evaluation
+        steps = progress["steps"] or first + steps_in(left, each_step, each_evaluation,
+                                                      evaluate_every)
+    require(first < steps or not first, f"{source} has {first} steps, raise --max_iters or "
+            f"--max_epochs" + ", leave --max_minutes out" * (max_minutes > 0))
     require(not profile or steps - first >= 3 + profile,
             f"--profile={profile} needs {3 + profile} steps, raise --max_iters or --max_epochs")
     print(f"{optimizer} on {device} in {str(amp)[6:]}: {steps:,} steps of "
           f"{rows * block_size:,} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
           + f", {world_size} processes" * (world_size > 1))
+    evaluations = (steps - first) / (evaluate_every or max(1, steps)) + (first == 0)
+    minutes = ((steps - first) * each_step + evaluations * each_evaluation) / 60
+    moments = 8 * raw.num_params()  # AdamW's, not there yet
+    print(f"about {minutes:,.1f} min and {(peak_memory(device) + moments) / 1e9:.1f} GB here")
     profiler = start_profiler(run_dir, device)
     if rank == 0:
         open_run(run_dir, first)
@@ -190,8 +204,10 @@ def main(cleanup):
     began = time.time() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
         log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, floor)
+        each_evaluation = time.time() - began
+    stepping = 0.0  # seconds, in steps alone
 
-    for step in range(first, steps):
+    for step in itertools.count(first) if steps > first else ():
         # ---- one step ----
         step_began, lr = time.time(), learning_rate_at(step, steps)
         loss = torch.zeros((), device=device)
@@ -233,11 +249,17 @@ def main(cleanup):
 
         # ---- what follows only looks, and saves ----
         done, now = step + 1, time.time()
+        stepping += now - step_began
+        if max_minutes and not progress["steps"] and now - began > 6 * max_minutes:
+            # A tenth of the time has gone: what fits into the rest decides the schedule.
+            steps = progress["steps"] = done + steps_in(
+                60 * max_minutes - (now - began), stepping / (done - first), each_evaluation,
+                evaluate_every)
         row = {"step": done, "loss": loss, "lr": lr, "norm": grad_norm,
                "ms": 1000 * (now - step_began), "tok/s": rows * block_size / (now - step_began),
                "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints that are due
-        if every(evaluate_every, done) or done == steps:
+        if every(evaluate_every, done) or done >= steps:
             row |= losses(raw, autocast, data, device)
             progress["stale"] += 1
             if row["val"] < progress["best_loss"]:
@@ -251,7 +273,7 @@ def main(cleanup):
         if every(snapshot_interval, done):
             names.append(f"step_{done}.pt")
         stopped_by = next((number for number, seen in zip(SIGNALS, stops) if seen), 0)
-        leaving = done == steps or stopped_by or 0 < patience <= progress["stale"]
+        leaving = done >= steps or stopped_by or 0 < patience <= progress["stale"]
         if names or leaving or "val" in row or every(save_interval, done):
             require_finite(done, val=row.get("val", 0.0),
                            weights=nn.utils.get_total_norm(parameters).item())
@@ -259,7 +281,7 @@ def main(cleanup):
             names.append("last.pt")  # after best.pt, on which its progress counts
             for name in names if rank == 0 else ():
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
-                                progress=progress, checksums=checksums,
+                                progress=progress, checksums=checksums, dtype=str(amp)[6:],
                                 states=[part.state_dict() for part in stateful])
         if profiler:
             (profiler.stop if leaving else profiler.step)()
@@ -291,6 +313,19 @@ def check_settings(run_dir):
             f"--out_dir")
     if rank == 0 and plot and not find_spec("matplotlib"):
         print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
+
+def require_memory(config, device):
+    """Stops where weights, gradients and moments (16 bytes a parameter) and the logits of a batch
+    and their gradients (8 bytes each) cannot fit, before anything is allocated."""
+    C, width = config.n_embd, config.n_inner or 4 * config.n_embd
+    parameters = C * (config.vocab_size + block_size + config.n_layer * (4 * C + 2 * width))
+    needed, there = 16 * parameters + 8 * batch_size * block_size * config.vocab_size, math.inf
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # Windows does not say
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(needed <= there, f"this model and batch need over {needed / 1e9:,.0f} GB, {device} has "
+            f"{there / 1e9:,.0f}: make --n_layer, --n_embd or --batch_size smaller")
 
 # ---- data ----
 
@@ -536,7 +571,8 @@ def load_model(path, tokenizer, device, **changes):
 def training_state(saved, path, progress, checksums):
     """(progress, optimizers' states) of a checkpoint, if its settings and data are this run's."""
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
-        progress = {name: type(value)(saved["progress"][name]) for name, value in progress.items()}
+        kept = {"steps": 0} | saved["progress"]
+        progress = {name: type(value)(kept[name]) for name, value in progress.items()}
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
         anew = f"or begin with its weights: --init_from={path} and another --out_dir"
@@ -725,6 +761,43 @@ def compile_blocks(raw, autocast, rows, device):
     if not compiled(compile.lower(), device, attempt):
         torch.compiler.set_stance("force_eager")
     raw.zero_grad()  # those of the attempt, which may have failed half way
+
+def time_a_step(raw, autocast, data, device):
+    """Seconds of a step and of an evaluation, by the second of two micro-steps on a batch. An
+    evaluation goes forward alone, which is a third of the work, over val and as much of train."""
+    for _ in range(2):
+        began = time.time()
+        x, y = read_rows(data["train"], row_spans(data["train"], 0, 0), device)
+        autocast(raw.forward)(x, y)[1].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        micro = (time.time() - began) / world_size
+    raw.zero_grad()
+    batches = 2 * (eval_iters or data["val"].number / batch_size)
+    return micro * gradient_accumulation_steps, micro / 3 * batches
+
+def steps_in(seconds, each_step, each_evaluation, evaluate_every):
+    """How many steps fit, with their evaluations and that of the last."""
+    each = each_step + (each_evaluation / evaluate_every if evaluate_every else 0)
+    return max(1, int((seconds - each_evaluation) / each))
+
+def choose_dtype(raw, saved, device):
+    """The torch.dtype of products: of the setting; auto is a resumed run's own, or what does a
+    block, forward and backward, the fastest."""
+    rows = max(1, min(batch_size, 8192 // block_size))
+    x = torch.randn(rows, block_size, raw.config.n_embd, generator=torch.Generator())
+
+    def trial(name):
+        with torch.autocast("cpu", getattr(torch, name), enabled=name != "float32"):
+            raw.h[0](x).square().mean().backward()
+
+    names = ["float32"] if eval_only else ["float32", "bfloat16"]
+    wanted = saved.get("dtype", "auto") if dtype == "auto" else dtype
+    choice = [pick_dtype(wanted, device, {name: partial(trial, name) for name in names})]
+    raw.zero_grad()
+    if world_size > 1 and device.type == "cpu":
+        distributed.broadcast_object_list(choice)  # of rank 0, for all
+    return getattr(torch, choice[0])
 
 def keep_memory():
     """Makes glibc keep freed memory. It would return large blocks to the kernel, which clears

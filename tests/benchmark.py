@@ -23,7 +23,8 @@
                                            perplexity of a run on story rows: of real tokens, and
                                            with padding counted
 
-Every row alternates its candidates and gives medians. Let nothing else run meanwhile.
+Every row alternates its candidates and gives medians; a line of JSON beside it says the same to
+programs, the first names the machine. Let nothing else run meanwhile.
 """
 
 import csv
@@ -31,6 +32,7 @@ import importlib.util
 import json
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -52,6 +54,7 @@ from model import (EOT, GPT, BPETokenizer, CharTokenizer, Dropout, GPTConfig,  #
                    cross_entropy, fused_attention, load_checkpoint, save_checkpoint)
 from prepare_shakespeare import learn_tokenizer, write_dataset  # noqa: E402
 from prepare_tinystories import read_stories  # noqa: E402
+from sample import set_dtype  # noqa: E402
 
 
 def race(label, candidates, rounds=15):
@@ -64,9 +67,36 @@ def race(label, candidates, rounds=15):
             times[name] += [1000 * (time.perf_counter() - began)] if turn > 1 else []
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = next(iter(medians.values()))
+    record(label, ms=medians)
     print(f"{label:32}" + "".join(f"{name} {ms:9.2f} ms  x{first / ms:5.2f}   "
                                   for name, ms in medians.items()), flush=True)
     return medians
+
+
+def record(label, **figures):
+    """A line of JSON, with 4 digits."""
+    text = json.dumps({"row": label, "time": time.strftime("%Y-%m-%d %H:%M")} | figures)
+    print(json.dumps(json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))),
+          flush=True)
+
+
+def machine():
+    """The first row: the processor, what it has for bfloat16, and its product of 4096 in each type,
+    in TFLOP/s; returns these."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", info)
+    speeds = {}
+    for kind in ("float32", "bfloat16"):
+        a, seconds = torch.randn(4096, 4096).to(getattr(torch, kind)), []
+        for _ in range(4):
+            began = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - began)
+        speeds[kind] = 2 * 4096 ** 3 / statistics.median(seconds[1:]) / 1e12
+    record("machine", processor=name[1] if name else platform.processor(),
+           flags=re.findall(r"\b(?:amx_bf16|avx512_bf16|avx512f|avx2)\b", info.partition("\n\n")[0]),
+           threads=torch.get_num_threads(), torch=torch.__version__, tflops=speeds)
+    return speeds
 
 
 def step(model, rows, dtype, attention=fused_attention, keep=False):
@@ -134,8 +164,11 @@ def load_peer(nanogpt):
 def sample(nanogpt=""):
     """Tokens per second, medians of interleaved turns, and the share of what reading the weights
     once a token would allow."""
+    machine()
     torch.manual_seed(0)
-    model = GPT(GPTConfig()).eval().bfloat16()
+    model = GPT(GPTConfig()).eval()
+    with torch.no_grad():
+        set_dtype(model, "auto", torch.device("cpu"), rows=1)
     writers = {"ours": lambda idx, n: model.generate(idx, n, top_k=200)}
     if nanogpt:
         peer = load_peer(nanogpt)
@@ -166,6 +199,7 @@ def sample(nanogpt=""):
                 write(idx, tokens)
                 rates[name].append(batch * tokens / (time.perf_counter() - began))
         medians = {name: statistics.median(values) for name, values in rates.items()}
+        record(f"{batch} x 16 + {tokens} tokens", tokens_per_s=medians, floor_ms=1000 * floor)
         print(f"{batch} x 16 + {tokens} tokens".ljust(32) + "".join(
             f"{name} {rate:7.1f} tok/s  x{medians['ours'] / rate:5.2f}   "
             for name, rate in medians.items())
@@ -348,11 +382,7 @@ SIZES = [  # label, steps, vocabulary, settings of both
 
 def train(nanogpt, only="", turns="3"):
     """Medians over all steps but the first three of each process, and the largest peak memory."""
-    for kind in (torch.float32, torch.bfloat16):
-        a = torch.randn(4096, 4096).to(kind)
-        ms = race(f"a product of 4096, {str(kind)[6:]}", {"": lambda: a @ a}, rounds=3)[""]
-        print(f"{'':32}{2 * 4096 ** 3 / ms / 1e9:.2f} TFLOP/s")
-    ceiling = 2 * 4096 ** 3 / ms * 1000
+    ceiling = 1e12 * max(machine().values())
     repo, common = Path(script.__file__).parent, ["--bias=False", "--device=cpu", "--dataset=x",
                                                   "--log_interval=1", "--eval_iters=1"]
     with tempfile.TemporaryDirectory() as folder:
@@ -391,6 +421,7 @@ def train(nanogpt, only="", turns="3"):
             with torch.device("meta"):
                 shape = {name: sizes[name] for name in sizes if name != "batch_size"}
                 flops = GPT(GPTConfig(vocab_size=vocabulary, **shape)).flops_per_token()
+            record(label, ms={name: statistics.median(ms) for name, ms in times.items()}, peak=peaks)
             print(label)
             for name, values in times.items():
                 ms = statistics.median(values)
@@ -465,5 +496,7 @@ if __name__ == "__main__":
               "speedrun": speedrun, "train": train, "trust": trust}
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
+    if sys.argv[1] not in ("train", "sample"):  # these begin with it
+        machine()
     script.keep_memory()
     wanted[sys.argv[1]](*sys.argv[2:])

@@ -102,7 +102,7 @@ def transformers_twins():
 
 TINY = ("--dataset=verse --out_dir=out/tiny --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 "
         "--batch_size=4 --max_iters=6 --warmup_iters=2 --eval_interval=3 --eval_iters=2 "
-        "--log_interval=1 --device=cpu --plot=False --overwrite=True").split()
+        "--log_interval=1 --device=cpu --dtype=float32 --plot=False --overwrite=True").split()
 
 
 @pytest.fixture

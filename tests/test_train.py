@@ -7,6 +7,8 @@ import json
 import math
 import os
 import pickle
+import re
+import time
 from functools import partial
 from pathlib import Path
 
@@ -634,3 +636,56 @@ def test_samples_of_a_story_model_end_with_the_story(tell, run):
 def test_story_rows_need_ends_of_stories(train):
     one_sentence(train("--document_rows=True"), 2, "--document_rows=True needs",
                  "prepare_tinystories.py")
+
+
+# ---- time and memory ----
+
+def test_minutes_end_a_run_and_fix_its_steps(train, monkeypatch):
+    """By a clock that a micro-step and an evaluation put on: the steps that fit can be counted."""
+    clock = [1000.0]
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    real = GPT.forward
+
+    def slow(self, *given):
+        clock[0] += 0.9 if self.training else 0.25
+        return real(self, *given)
+    monkeypatch.setattr(GPT, "forward", slow)
+    options = ["--max_minutes=1", "--eval_interval=10", "--eval_iters=2", "--max_iters=1"]
+    assert train(*options).status == 0
+    rows = metrics()
+    assert 54 <= float(rows[-1]["elapsed"]) <= 66 and rows[-1]["val"]
+    assert float(rows[-1]["lr"]) < float(rows[9]["lr"])  # the schedule ends with the time
+    progress = load_checkpoint("out/tiny/last.pt")["progress"]
+    assert progress["steps"] == progress["step"] == len(rows) - 1 > 40
+    one_sentence(train(*options, "--init_from=resume"), 2, "--max_minutes")
+
+
+def test_a_resumed_run_of_minutes_takes_the_steps_it_had_fixed(train):
+    train("--max_iters=3", "--lr_decay_iters=6")
+    saved = torch.load("out/tiny/last.pt", weights_only=True)
+    saved["progress"]["steps"] = 5
+    torch.save(saved, "out/tiny/last.pt")
+    assert train("--init_from=resume", "--lr_decay_iters=6", "--max_minutes=9").status == 0
+    assert len(metrics()) == 6
+
+
+def test_a_run_says_what_it_will_take_and_what_cannot_fit_is_refused(train):
+    assert re.search(r"about [\d.]+ min and [\d.]+ GB here", train().out)
+    for huge in ("--batch_size=99999999999999", "--n_embd=2000000", "--n_layer=1000000000"):
+        one_sentence(train(huge), 2, "GB, cpu has", "smaller")
+
+
+def test_auto_is_what_is_faster_here_and_stays_with_the_run(train, monkeypatch):
+    for name, least in (("bfloat16", "float32"), ("float32", "bfloat16")):
+        def autocast(device, dtype, enabled=True, real=torch.autocast):
+            time.sleep(0.01 * (str(dtype)[6:] == least))
+            return real(device, dtype, enabled=enabled)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.autocast", autocast)
+            done = train("--dtype=auto", "--max_iters=3", "--lr_decay_iters=6")
+        assert f" on cpu in {name}: " in done.out and "of float32's time here" in done.err
+        assert load_checkpoint("out/tiny/last.pt")["dtype"] == name
+        again = train("--dtype=auto", "--lr_decay_iters=6", "--init_from=resume")
+        assert f" on cpu in {name}: " in again.out and "time here" not in again.err
+        assert "time here" not in train("--dtype=auto", "--init_from=resume", "--eval_only=True",
+                                        "--max_iters=7", "--lr_decay_iters=6").err
