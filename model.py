@@ -24,7 +24,7 @@ import re
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -331,6 +331,7 @@ def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, to
     if top_p < 1:                # the fewest that together reach p (Holtzman et al. 2020)
         probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # the likelier ones are enough
+        beyond[:, 0] = False
         logits = logits.masked_fill(beyond.scatter(1, ids, beyond), -math.inf)  # by id
     if min_p > 0:                # those with this share of the largest (Nguyen et al. 2024)
         probs = logits.softmax(dim=-1)
@@ -402,6 +403,13 @@ def save_checkpoint(path, model, tokenizer, **training):
         torch.save({"config": asdict(model.config), "tokenizer": tokenizer.spec,
                     "model": model.state_dict(), **training}, file)
 
+def run_file(run_dir, name):
+    """The path of a run's checkpoint, or name itself where it has a folder. last.pt stands in for
+    best.pt until the first evaluation has written that."""
+    path = Path(name) if "/" in name else Path(run_dir, name)
+    last = path.with_name("last.pt")
+    return last if path.name == "best.pt" and last.exists() and not path.exists() else path
+
 def load_checkpoint(source, device="cpu", cache_dir="", **changes):
     """{"model": GPT in eval mode, "tokenizer": ..., and what else is in it} of a .pt file, ours
     or nanoGPT's; a folder with GPT-2's two files; or gpt2..., fetched from the Hugging Face Hub
@@ -420,6 +428,7 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
         others = sorted(p.name for p in path.parent.glob("*.pt") if p != path)
         remedy = f", try --checkpoint={' or '.join(others)}" if others else ", train again"
     with reading(path, remedy):
+        check(path.suffix not in (".safetensors", ".bin"), "give the folder that it lies in")
         read = read_gpt2 if path.is_dir() else read_pt
         config, weights, spec, saved = read(path)
         model, tokenizer = build(config, weights, spec, **changes)
@@ -483,7 +492,8 @@ GPT2_FILES = ("config.json", "model.safetensors")
 TRANSPOSED = ("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")
 ACTIVATION_NAMES = {  # transformers': ours
     "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf",
-    "gelu_python": "gelu_erf", "relu": "relu"}
+    "gelu_accurate": "gelu", "gelu_python_tanh": "gelu", "gelu_python": "gelu_erf",
+    "relu": "relu"}
 # What else a GPT2Config may say, and the value for which the formulas above are right.
 ASSUMED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
            "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -524,16 +534,18 @@ def read_gpt2(folder):
 def read_tokenizer(folder, theirs):
     """The spec of the byte-level BPE beside a GPT-2's weights, in tokenizer.json or in vocab.json
     and merges.txt; of GPT-2's own where its config has so many tokens and there is neither."""
-    special, pieces = {}, r50k_pat_str
+    special, pieces, about = {}, r50k_pat_str, {}
     if (folder / "tokenizer.json").is_file():
         saved = json.loads(read_text(folder / "tokenizer.json"))
-        odd = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                                 "byte_fallback") if saved["model"].get(name)]
-        odd += [name for name in ("normalizer",) if saved.get(name)]
-        check(saved["model"].get("type", "BPE") == "BPE" and not odd,
-              f"its tokenizer.json is no byte-level BPE like GPT-2's {' '.join(odd)}")
+        added = saved.get("added_tokens") or []
+        odd = [name for part, names in (
+            (saved, ["normalizer"]), *((one, ["lstrip", "rstrip", "single_word"]) for one in added),
+            (saved["model"], ["dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                              "byte_fallback"])) for name in names if part.get(name)]
+        check(saved["model"].get("type", "BPE") == "BPE" and not odd, f"its tokenizer.json is no "
+              f"byte-level BPE like GPT-2's, which has no {', '.join(odd) or 'other type'}")
         vocabulary, merges = saved["model"]["vocab"], saved["model"]["merges"]
-        special = {added["content"]: added["id"] for added in saved.get("added_tokens") or []}
+        special = {one["content"]: one["id"] for one in added}
         steps = saved["pre_tokenizer"] or {}
         match steps.get("pretokenizers", [steps]):
             case [{"type": "ByteLevel", "add_prefix_space": False} as last]:
@@ -548,6 +560,12 @@ def read_tokenizer(folder, theirs):
         vocabulary = json.loads(read_text(folder / "vocab.json"))
         merges = [line for line in read_text(folder / "merges.txt").splitlines()
                   if line and not line.startswith("#version")]
+        if (folder / "added_tokens.json").is_file():
+            special = json.loads(read_text(folder / "added_tokens.json"))
+        if (folder / "tokenizer_config.json").is_file():
+            about = json.loads(read_text(folder / "tokenizer_config.json"))
+        check(not about.get("add_prefix_space"), "its tokenizer is no byte-level BPE like GPT-2's, "
+              "which puts no blank before a text (add_prefix_space)")
     else:
         check(50257 <= theirs["vocab_size"] <= 50304, "its tokens are not GPT-2's, and it has no "
               "tokenizer.json beside the weights, nor vocab.json and merges.txt")
@@ -555,12 +573,17 @@ def read_tokenizer(folder, theirs):
     names = [*LETTERS, *("".join(pair.split(" ") if isinstance(pair, str) else pair)
                          for pair in merges)]
     names = list(dict.fromkeys(names))                       # tokens in the order of their merges
-    special |= {name: i for name, i in vocabulary.items() if name not in {*names, *special}}
+    known = {*names, *special}
+    special |= {name: i for name, i in vocabulary.items() if name not in known}
+    check(set(LETTERS) <= vocabulary.keys(), "its tokens lack some of the 256 bytes")
     tokens = [bytes(map(LETTERS.index, name)) for name in names]
     ids = [vocabulary[name] for name in names]
-    if len(tokens) == 50256 and dict(zip(tokens, ids)) == BPETokenizer({"kind": "gpt2"}).ranks:
+    if (len(tokens) == 50256 and [*special] == [EOT] and pieces == r50k_pat_str
+            and dict(zip(tokens, ids)) == BPETokenizer({"kind": "gpt2"}).ranks):
         return {"kind": "gpt2"}
-    eot = theirs.get("eos_token_id", special.get(EOT))
+    eot = theirs.get("eos_token_id")
+    eot = eot[0] if isinstance(eot, list) and eot else eot
+    eot = eot if eot in {*ids, *special.values()} else special.get(EOT)
     return {"kind": "bpe", "tokens": [token.decode("latin-1") for token in tokens[256:]],
             "pieces": pieces, "ids": ids, "special": special, "eot": eot}
 
@@ -712,7 +735,11 @@ def plain(text):
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 def unescape(text):
-    """text with the line ends, tabs and backslashes that a shell's user writes as \\n, \\t, \\\\."""
+    """A prompt with the line ends, tabs and backslashes that a shell's user writes as \\n, \\t and
+    \\\\; a FILE: stays as it is."""
+    if text.startswith("FILE:"):
+        return text
+    text = plain(text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 def encode_prompt(tokenizer, start):
@@ -783,7 +810,8 @@ def compiled(wanted, device, attempt):
 def show_progress(text):
     """Replaces the text shown before, where stderr is a terminal; "" clears it."""
     if getattr(sys.stderr, "isatty", bool)():  # what stands for it may lack the method
-        print(f"\r{text:<79.79}", end="\r", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal may be closed
+            print(f"\r{text:<79.79}", end="\r", file=sys.stderr, flush=True)
 
 def download(urls, path, remedy, sha256="", limit=0, tries=4, wait=1.0, timeout=20):
     """Fetches a file to path from the first of urls that serves it whole; returns path. A cut

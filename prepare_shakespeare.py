@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import regex  # comes with tiktoken: re with the properties of Unicode
 
-from config import config_file, configure, one_of, require, stop_on_error
-from model import (PIECES, CharTokenizer, atomic_write, download, read_text, sha256_of,
-                   show_progress, tokenizer_from)
+from config import config_file, configure, dataset_name, one_of, require, stop_on_error
+from model import (PIECES, CharTokenizer, atomic_write, download, load_checkpoint, read_text,
+                   sha256_of, show_progress, tokenizer_from)
 
 # Text
 source = ""           # a UTF-8 text file; empty: Tiny Shakespeare (1.1 MB), fetched to data/
-tokenizer = "char"    # char, byte, gpt2, or bpe: learned from the training text
+tokenizer = "char"    # char, byte, gpt2; bpe: learned from the training text; or a checkpoint's
 vocab_size = 4096     # of bpe: 256 bytes, end of text, and what is learned
 val_fraction = 0.1    # of the characters, taken from the end
 test_fraction = 0.0   # of the characters, taken after those of val
@@ -40,11 +40,12 @@ URLS = (
 )
 
 def main():
-    one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe")
     check_splits(settings)
-    check_vocab_size(settings)
-    folder = Path("data", dataset or f"shakespeare_{tokenizer}")
-    path = Path(source or "data/tinyshakespeare.txt").expanduser()
+    check_tokenizer(settings)
+    folder = Path("data", dataset_name(dataset) or f"shakespeare_{Path(tokenizer).name}")
+    path = Path(source or "data/tinyshakespeare.txt")
+    require(not path.is_dir(), f"{path} is a folder: give a file, or prepare_tinystories.py, which "
+            f"takes folders of stories")
     with stop_on_error():
         if not source and sha256_of(path) != SHA256:
             download(URLS, path, "pass a copy with --source=FILE", SHA256)
@@ -69,7 +70,7 @@ def main():
         elif tokenizer == "bpe":
             encoder = learn_tokenizer(splits["train"], vocab_size)
         else:
-            encoder = tokenizer_from({"kind": tokenizer})
+            encoder = known_tokenizer(tokenizer)
         write_dataset(folder, splits, encoder, made_by=made_by)
     config = config_file(f"config/shakespeare_{'gpt2' if tokenizer == 'gpt2' else 'cpu'}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
@@ -79,12 +80,21 @@ def check_splits(settings):
     val, test = settings["val_fraction"], settings["test_fraction"]
     require(val >= 0 and test >= 0 and val + test < 1,
             "--val_fraction and --test_fraction must be 0 or above and leave some to train on")
-    require(Path(settings["dataset"]).name == settings["dataset"],
+    name = dataset_name(settings["dataset"])
+    require(Path(name).name == name,
             "--dataset must be the plain name of a folder under data/")
 
-def check_vocab_size(settings):
+def check_tokenizer(settings):
+    if not Path(settings["tokenizer"]).exists():
+        one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe", "a checkpoint or its folder")
     require(settings["tokenizer"] != "bpe" or 257 <= settings["vocab_size"] <= 2 ** 16,
             f"--vocab_size must be from 257 to 65536, not {settings['vocab_size']}")
+
+def known_tokenizer(name):
+    """The tokenizer of a kind that learns nothing, or of a checkpoint, ours or another GPT-2's."""
+    if name in ("byte", "gpt2"):
+        return tokenizer_from({"kind": name})
+    return load_checkpoint(name)["tokenizer"]
 
 def is_complete(folder, made_by):
     """Whether folder holds a dataset made with just these settings; if so it says so."""

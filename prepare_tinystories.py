@@ -22,11 +22,10 @@ from string import Formatter
 
 import numpy as np
 
-from config import at_least, config_file, configure, one_of, require, stop_on_error
-from model import (EOT, CharTokenizer, atomic_write, download, plain, sha256_of, show_progress,
-                   tokenizer_from)
-from prepare_shakespeare import (check_splits, check_vocab_size, is_complete, learn_tokenizer,
-                                 write_dataset)
+from config import at_least, config_file, configure, dataset_name, require, stop_on_error
+from model import EOT, CharTokenizer, atomic_write, download, plain, sha256_of, show_progress
+from prepare_shakespeare import (check_splits, check_tokenizer, is_complete, known_tokenizer,
+                                 learn_tokenizer, write_dataset)
 
 # Stories
 source = "tinystories"   # tinystories, tinystories_v2, grammar, a file or folder: .txt, .jsonl
@@ -38,7 +37,7 @@ test_fraction = 0.0
 val_source = ""          # official: the dataset's validation file; a FILE; empty: val_fraction
 seed = 1337              # of every random choice
 # Tokenizer
-tokenizer = "char"       # char, byte, gpt2, or bpe: learned from the training stories
+tokenizer = "char"       # char, byte, gpt2; bpe: learned from the stories; or a checkpoint's
 vocab_size = 4096        # of bpe: 256 bytes, end of text, and what is learned
 bpe_sample = 50_000_000  # characters, the first of the training stories, that bpe learns from
 # Machine
@@ -56,7 +55,7 @@ LONGEST = 16_000_000     # bytes; what is longer is no story
 def main():
     check_settings()
     kind = "grammar" if source == "grammar" else "tinystories"
-    folder = Path("data", dataset or f"{kind}_{tokenizer}")
+    folder = Path("data", dataset_name(dataset) or f"{kind}_{Path(tokenizer).name}")
     paths, val_paths, nats = [], [], {}
     with stop_on_error():
         if source not in (*HUB_FILES, "grammar"):
@@ -96,12 +95,11 @@ def main():
     print(f"next: python train.py {config} --dataset={folder.name}")
 
 def check_settings():
-    one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe")
     at_least(0, settings, "max_stories", "workers", "seed")
     at_least(1, settings, "chunk_size", "bpe_sample")
     check_splits(settings)
     require(0 < fraction <= 1, f"--fraction must be above 0 and at most 1, not {fraction}")
-    check_vocab_size(settings)
+    check_tokenizer(settings)
     require(val_source != "official" or source in HUB_FILES,
             "--val_source=official goes with --source=tinystories or tinystories_v2")
     require(not val_source or source != "grammar",
@@ -112,9 +110,10 @@ def check_settings():
 def text_files(name, path):
     """The file at path, or the .txt and .jsonl files in the folder there, in the order of their
     names. What can be read only once, a pipe, is copied to data/ first."""
-    path = Path(path).expanduser()
+    path = Path(path)
     if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        inside = sorted(file for file in path.rglob("*") if file.is_file() and not any(
+            part.startswith(".") for part in file.relative_to(path).parts))
         files = [file for file in inside if file.suffix.lower() in (".txt", ".jsonl")]
         print(f"{path}: {len(files)} .txt and .jsonl files, {len(inside) - len(files)} others "
               f"left out")
@@ -167,7 +166,8 @@ def read_stories(paths, size=1_000_000, tail=True):
                 text, mark, rest = (rest + block).rpartition(EOT.encode())
                 if len(rest) > LONGEST:
                     raise ValueError(f"{path} has {len(rest):,} bytes without an {EOT}, "
-                                     f"write one behind each story")
+                                     f"write one behind each story, or prepare a long text "
+                                     f"with prepare_shakespeare.py")
                 if mark:
                     yield from split_stories(text, path, file.tell() - len(rest + mark + text))
                 show_progress(f"{path.name}: {file.tell() / 1e6:,.0f} of {length / 1e6:,.0f} MB")
@@ -176,17 +176,23 @@ def read_stories(paths, size=1_000_000, tail=True):
                 yield from split_stories(rest, path, length - len(rest))
 
 def json_stories(path):
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                yield plain(json.loads(line)["text"]).strip()
+                text = plain(json.loads(line)["text"])
+                text.encode()  # half of a surrogate pair is no text
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {number}, is no JSON like {{"text": "..."}}, '
-                                 f"remove it or write a .txt with {EOT} behind each story") from None
+                raise ValueError(f'{path}, line {number}, is no JSON like {{"text": "..."}} in '
+                                 f"UTF-8, remove it or write a .txt with {EOT} behind each") from None
+            yield from (story.strip() for story in text.removesuffix(EOT).split(EOT))
 
 def split_stories(raw, path, place):
     try:
-        return [story.strip() for story in plain(raw.decode()).split(EOT)]
+        text = raw.decode().replace("\r\n", "\n")
+        text = text.removeprefix("\ufeff") if place == 0 else text
+        return [story.strip() for story in text.split(EOT)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {place + error.start}, convert it first, "
                          f"as iconv does") from None
@@ -238,7 +244,7 @@ def make_tokenizer(splits):
         return CharTokenizer("".join(sorted({"\3"} | characters_of(splits))))
     if tokenizer == "bpe":
         return learn_tokenizer(splits["train"](), vocab_size, bpe_sample)
-    return tokenizer_from({"kind": tokenizer})
+    return known_tokenizer(tokenizer)
 
 def characters_of(splits):
     """The set of characters in all splits. Only what is not ASCII, or new, costs time."""

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from config import at_least, configure, one_of, require, stop_on_error
 from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, TRANSPOSED,
                    BPETokenizer, KVCache, Linear, atomic_write, compiled, encode_prompt,
-                   load_checkpoint, next_logits, pick_device, pick_dtype, stream, unescape)
+                   load_checkpoint, next_logits, pick_device, pick_dtype, run_file, stream,
+                   unescape)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
@@ -66,7 +67,7 @@ def main():
         saved = load_checkpoint(source, device, cache_dir)
         model, tokenizer = saved["model"], saved["tokenizer"]
         if export:
-            write_pretrained(model, tokenizer, Path(export).expanduser())
+            write_pretrained(model, tokenizer, Path(export))
             return print(f"{source} as {export}, for AutoModelForCausalLM.from_pretrained")
     # Each token reads all weights from memory: half the bytes are faster, if there are many.
     set_dtype(model, dtype, device, num_samples)
@@ -84,9 +85,9 @@ def main():
         return
     with stop_on_error(2):
         ids = encode_prompt(tokenizer, unescape(start))
-    with suppress(KeyError, ValueError, OSError):  # the run's may be a file that is gone
-        if not start:
-            ids = encode_prompt(tokenizer, unescape(saved["settings"]["start"]))
+    if not start:
+        with suppress(ValueError, OSError):  # the run's may be a file that is gone
+            ids = encode_prompt(tokenizer, unescape(saved.get("settings", {}).get("start", "")))
     print(f"{source}:", file=sys.stderr)
     with stop_on_error():
         ids = write(model, tokenizer, ids.to(device), read_token)
@@ -104,6 +105,7 @@ def check_settings():
     require(0 < top_p <= 1, "--top_p must be above 0 and at most 1, which keeps all")
     require(0 <= min_p < 1, "--min_p must be from 0, which keeps all, to below 1")
     require(seed < 2 ** 63, "--seed must be below 2 ** 63")
+    require(abs(length_penalty) <= 50, "--length_penalty must be from -50 to 50")
     require(repetition_penalty > 0, "--repetition_penalty must be above 0; 1 is none")
     require(1 in (num_beams, num_samples), "--num_beams finds one text, leave --num_samples at 1")
     if attention:
@@ -114,15 +116,10 @@ def check_settings():
         require(find_spec("matplotlib"), "--attention needs pip install matplotlib")
 
 def find_checkpoint():
-    """The file of the run in out_dir, else of the newest under out/. A run has a best.pt from its
-    first evaluation on; until then last.pt stands in."""
-    if "/" in checkpoint:
-        return Path(checkpoint).expanduser()
-    runs = {path.parent for path in Path("out").rglob("*.pt")}
-    paths = [run / checkpoint for run in ([Path(out_dir).expanduser()] if out_dir else runs)]
-    if checkpoint == "best.pt":
-        paths = [path if path.exists() else path.with_name("last.pt") for path in paths]
-    paths = [path for path in paths if path.exists()]
+    """The file of the run in out_dir, else of the newest under out/."""
+    runs = [out_dir] if out_dir or "/" in checkpoint else {
+        path.parent for path in Path("out").rglob("*.pt")}
+    paths = [path for run in runs if (path := run_file(run, checkpoint)).exists()]
     require(paths, f"no {checkpoint} under {out_dir or 'out'}/ yet, train a model first or give "
             f"its --out_dir", 1)
     return max(paths, key=lambda path: path.stat().st_mtime)
@@ -168,8 +165,8 @@ def prompts():
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         try:
-            line = input()
-        except EOFError:
+            line = input().removeprefix("\ufeff").removesuffix("\r")
+        except (EOFError, RuntimeError):  # RuntimeError: stdin was closed from the start
             return
         if not line:
             return
@@ -325,6 +322,8 @@ def write_pretrained(model, tokenizer, folder):
     for name, empty in expected.items():  # biases that the model lacks are 0
         w = ours[name].float().cpu() if name in ours else torch.zeros(empty.shape)
         weights[f"transformer.{name}"] = w.T if name.endswith(TRANSPOSED) else w
+    for name in ("transformer.wte.weight", "transformer.lm_head.weight"):
+        weights[name] = weights[name][:tokenizer.vocab_size]  # without padding
     head = weights.pop("transformer.lm_head.weight")
     if not c.tied:
         weights["lm_head.weight"] = head
@@ -332,7 +331,7 @@ def write_pretrained(model, tokenizer, folder):
     write_safetensors(folder / "model.safetensors", weights, tokenizer.spec)
     files = {"config.json": ASSUMED | {
         "architectures": ["GPT2LMHeadModel"], "activation_function": activation,
-        "n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer,
+        "n_positions": c.block_size, "vocab_size": len(head), "n_layer": c.n_layer,
         "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner or None,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
         "tie_word_embeddings": c.tied, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,

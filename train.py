@@ -8,6 +8,7 @@ Writes out/<run>/best.pt, last.pt, metrics.csv and loss.png; python sample.py th
 """
 
 import ctypes
+import errno
 import gc
 import itertools
 import json
@@ -27,10 +28,10 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from config import (SIGNALS, at_least, catch_signals, configure, declared_settings, one_of,
-                    require, stop_on_error)
+from config import (SIGNALS, at_least, catch_signals, configure, dataset_name,
+                    declared_settings, one_of, require, stop_on_error)
 from model import (EOT, GPT, PRETRAINED, GPTConfig, atomic_write, compiled, encode_prompt,
-                   load_checkpoint, pick_device, pick_dtype, reading, save_checkpoint,
+                   load_checkpoint, pick_device, pick_dtype, reading, run_file, save_checkpoint,
                    show_progress, tokenizer_from, unescape)
 
 # Run
@@ -104,7 +105,7 @@ device = "auto"              # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"               # auto, float32, bfloat16 or float16 (CUDA only)
 compile = "auto"             # auto (on CUDA), true or false: torch.compile
 settings = configure(globals())
-dataset = settings["dataset"] = dataset.removeprefix("data/").rstrip("/")
+dataset = settings["dataset"] = dataset_name(dataset)
 
 # A resumed run may change these; with any other it would be another run.
 FREE_ON_RESUME = {name for name, setting in declared_settings(__file__).items()
@@ -116,7 +117,7 @@ rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 def main(cleanup):
     # ---- the machine ----
-    run_dir = Path(out_dir or f"out/{dataset}").expanduser()
+    run_dir = Path(out_dir or f"out/{dataset}")
     check_settings(run_dir)
     with stop_on_error(2):
         device = join_processes(pick_device(settings["device"]))  # hides the setting
@@ -141,8 +142,7 @@ def main(cleanup):
                     steps=0)  # that max_minutes allows, once some have been timed
     source, states, saved = init_from, [], {}
     if init_from == "resume":
-        source = checkpoint or ("best.pt" if eval_only else "last.pt")
-        source = Path(source).expanduser() if "/" in source else run_dir / source
+        source = run_file(run_dir, checkpoint or ("best.pt" if eval_only else "last.pt"))
         saved = load_model(source, tokenizer, device)
         raw = saved["model"]
         progress, states = training_state(saved, source, progress, checksums)
@@ -564,8 +564,8 @@ def load_model(path, tokenizer, device, **changes):
     with stop_on_error():
         saved = load_checkpoint(path, device, cache_dir, **changes)
     spec = saved["tokenizer"].spec
-    require(spec == tokenizer.spec, f"{path} reads other tokens than data/{dataset}, prepare "
-            f"it with --tokenizer={spec['kind']}, of the same text where that is char", 1)
+    require(spec == tokenizer.spec, f"{path} reads other tokens than data/{dataset}, prepare it "
+            f"with --tokenizer={spec['kind'] if spec['kind'] in ('byte', 'gpt2') else path}", 1)
     return saved
 
 def training_state(saved, path, progress, checksums):
@@ -626,8 +626,12 @@ def open_run(run_dir, step):
 
 def log(row, run_dir, floor, by_layer={}):
     """Shows a row and keeps it in metrics.csv, grad_norms.csv (by_layer), loss.png and wandb."""
-    print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
-                  for name, (width, form) in COLUMNS.items()), flush=True)
+    try:
+        print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
+                      for name, (width, form) in COLUMNS.items()), flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:  # the terminal was closed: SIGHUP saves and ends the run
+            raise
     if rank:
         return
     append_row(run_dir / "metrics.csv", COLUMNS, row)

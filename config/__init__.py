@@ -79,8 +79,16 @@ def configure(namespace):
     if {"--help", "-h"} & set(sys.argv):
         print(_help(namespace["__doc__"], declared, values))
         sys.exit()
+    for name, value in values.items():
+        if str(value).startswith("~/") and name not in ("start", "stop_at"):  # these are text
+            values[name] = os.path.expanduser(value)
     namespace.update(values)
     return values
+
+def dataset_name(path):
+    """The name of a folder under data/, also as a shell completes it: of data/small/, small."""
+    parts = Path(path).parts
+    return str(Path(*parts[parts[:1] == ("data",):])) if path else ""
 
 # ---- what the scripts say to their user ----
 
@@ -122,11 +130,14 @@ def catch_signals():
     def receive(number, frame):
         received.append(number)
         for each in before:
-            signal.signal(each, signal.SIG_DFL)
+            if each == number == getattr(signal, "SIGHUP", None):  # a shell may send it twice
+                sys.stdout = sys.stderr = open(os.devnull, "w")    # the terminal has gone
+            else:
+                signal.signal(each, signal.SIG_DFL)
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        before = {number: handler for number in SIGNALS
+                  if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
     try:
         for number in before:
             signal.signal(number, receive)

@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -25,7 +26,7 @@ from test_train import metrics, same, weights
 
 import sample as sample_script
 from model import (EOT, GPT, PIECES, BPETokenizer, ByteTokenizer, CharTokenizer, GPTConfig,
-                   encode_prompt, load_checkpoint, read_text, unescape)
+                   encode_prompt, load_checkpoint, read_text, read_tokenizer, unescape)
 from prepare_shakespeare import learn_bpe, learn_tokenizer
 from prepare_tinystories import read_stories
 from sample import write_pretrained
@@ -172,8 +173,63 @@ def test_tokens_that_are_not_byte_level_bpe_are_refused(run, change):
                  "byte-level BPE")
 
 
+@pytest.mark.parametrize("kind", ["added_tokens.json", "gpt2 and more"])
+def test_added_tokens_are_not_lost(kind, gpt2):
+    tokenizers = pytest.importorskip("tokenizers")
+    if kind == "added_tokens.json":
+        bpe = foreign_bpe(tokenizers, "vocab.json")
+        Path("theirs/added_tokens.json").write_text(json.dumps({"<bot>": bpe.get_vocab_size()}))
+    else:
+        write_pretrained(gpt2_model(50257), gpt2, Path("theirs"))
+        bpe = tokenizers.Tokenizer.from_file("theirs/tokenizer.json")
+    bpe.add_special_tokens(["<bot>"])
+    if kind != "added_tokens.json":
+        bpe.save("theirs/tokenizer.json")
+    spec = read_tokenizer(Path("theirs"), {"vocab_size": bpe.get_vocab_size()})
+    tokenizer = BPETokenizer(spec)
+    assert tokenizer.encode("a<bot>b").tolist() == bpe.encode("a<bot>b").ids
+    assert bpe.token_to_id("<bot>") in tokenizer.encode("a<bot>b")
+
+
+@pytest.mark.parametrize("eos, expected", [(2, 2), ([2, 1], 2), (50256, 1), (None, 1)])
+def test_the_end_of_text_is_one_of_its_ids(eos, expected):
+    foreign_bpe(pytest.importorskip("tokenizers"), "tokenizer.json")
+    assert read_tokenizer(Path("theirs"), {"eos_token_id": eos})["eot"] == expected
+
+
+def test_gpt2s_own_tokens_beside_the_weights_are_known_as_such(gpt2):
+    write_pretrained(gpt2_model(50257), gpt2, Path("ours"))
+    assert read_tokenizer(Path("ours"), {"vocab_size": 50257}) == {"kind": "gpt2"}
+
+
+def test_a_model_of_others_writes_and_is_trained_on_with_its_tokens(run, verse):
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = foreign_bpe(tokenizers, "tokenizer.json")
+    write_pretrained(gpt2_model(bpe.get_vocab_size()), ByteTokenizer(), Path("ours"))
+    tokenizer = BPETokenizer(read_tokenizer(Path("theirs"), {}))
+    write_pretrained(gpt2_model(bpe.get_vocab_size()), tokenizer, Path("ours"))
+    assert run("sample.py", "--init_from=ours", "--max_new_tokens=3").status == 0
+    one_sentence(run("train.py", *TINY, "--init_from=ours"), 1, "--tokenizer=ours")
+    assert run("prepare_shakespeare.py", "--source=verse.txt", "--dataset=verse",
+               "--tokenizer=ours").status == 0
+    assert run("train.py", *TINY, "--init_from=ours", "--block_size=8").status == 0
+
+
+def test_padding_of_the_vocabulary_is_not_exported(train, run):
+    train("--vocab_multiple=64")
+    assert run("sample.py", "--export=ours").status == 0
+    config = json.loads(Path("ours/config.json").read_text())
+    saved = load_checkpoint("ours")
+    assert config["vocab_size"] == saved["tokenizer"].vocab_size < 64
+    ids = torch.randint(config["vocab_size"], (2, 8))
+    with torch.no_grad():
+        whole = load_checkpoint("out/tiny/best.pt")["model"](ids)[0]
+        torch.testing.assert_close(saved["model"](ids)[0], whole[..., :config["vocab_size"]])
+
+
 @pytest.mark.parametrize("name, ours", [("gelu_pytorch_tanh", "gelu"), ("gelu_fast", "gelu"),
-                                        ("gelu_python", "gelu_erf"), ("gelu_new", "gelu")])
+                                        ("gelu_python", "gelu_erf"), ("gelu_new", "gelu"),
+                                        ("gelu_accurate", "gelu"), ("gelu_python_tanh", "gelu")])
 def test_activations_have_many_names(name, ours):
     pytest.importorskip("transformers")
     from transformers.activations import ACT2FN
@@ -251,10 +307,17 @@ def test_stories_of_a_folder_come_from_all_its_texts(run):
     assert text.split(EOT)[1:-1] == ["one\ntwo", "three", "five\nfive", "six", "four"]
 
 
-@pytest.mark.parametrize("line", ['{"story": "x"}', "[1]", "no json", '{"text": 3}'])
+@pytest.mark.parametrize("line", [b'{"story": "x"}', b"[1]", b"no json", b'{"text": 3}',
+                                  b'{"text": "caf\xe9"}', b'{"text": "a \\ud83d b"}'])
 def test_a_line_of_jsonl_without_a_text_is_named(run, line):
-    Path("s.jsonl").write_text('{"text": "fine"}\n' + line)
-    one_sentence(run("prepare_tinystories.py", "--source=s.jsonl"), 1, "s.jsonl, line 2", '"text"')
+    Path("s.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line)
+    one_sentence(run("prepare_tinystories.py", "--source=s.jsonl"), 1, "s.jsonl, line 3", '"text"')
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_byte_order_mark_is_one_at_the_start_alone(size):
+    Path("s.txt").write_text(f"\ufeffa{EOT}\ufeffb{EOT}c", encoding="utf-8")
+    assert list(read_stories([Path("s.txt")], size)) == ["a", "\ufeffb", "c"]
 
 
 def piped(name, text):
@@ -297,7 +360,8 @@ def test_any_text_can_have_tokens_of_its_own(run):
 # ---- prompts ----
 
 def test_escapes_are_understood_in_start_and_stop_at(train, run):
-    assert unescape(r"a\n\tb\\n\q") == "a\n\tb\\n\\q"
+    assert unescape(r"a\n\tb\\n\q") == "a\n\tb\\n\\q" and unescape("a\r\nb") == "a\nb"
+    assert unescape(r"FILE:C:\temp\new.txt") == r"FILE:C:\temp\new.txt"
     train()
     sample = ["sample.py", "--device=cpu", "--max_new_tokens=200"]
     assert run(*sample, r"--start=From\nThat").out.startswith("From\nThat")
@@ -323,7 +387,7 @@ def test_without_a_prompt_text_begins_with_what_the_vocabulary_has(run, start):
 @pytest.mark.parametrize("options", [
     {"temperature": 1e-38}, {"temperature": 5e-324}, {"temperature": 1e38},
     {"repetition_penalty": 1e-38}, {"repetition_penalty": 1e38}, {"repetition_penalty": 5e-324},
-    {"temperature": 1e-30, "top_p": 0.9}, {"temperature": 1e-38, "min_p": 0.5, "top_k": 3}])
+    {"top_p": 1e-46}, {"top_p": 1e-300, "temperature": 0.5}, {"temperature": 1e-30, "top_p": 0.9}, {"temperature": 1e-38, "min_p": 0.5, "top_k": 3}])
 def test_any_temperature_and_penalty_give_ids_of_the_vocabulary(options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 65, 1, 2, 32)).eval()
@@ -422,11 +486,34 @@ def test_signals_are_as_before_after_a_run_and_ignored_ones_stay_so(train, monke
 
 def test_a_closed_terminal_saves_the_run(train, monkeypatch):
     real = torch.nn.utils.get_total_norm
-    monkeypatch.setattr("torch.nn.utils.get_total_norm", lambda *given: signal.raise_signal(
-        signal.SIGHUP) or real(*given))
-    monkeypatch.setattr(signal, "SIG_DFL", signal.SIG_IGN)  # further ones do not kill the test
+
+    def hung_up(*given):  # twice, as a shell passes it on, and nothing can be printed any more
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        return real(*given)
+    monkeypatch.setattr("torch.nn.utils.get_total_norm", hung_up)
+    monkeypatch.setattr("sys.stdout", Stream())
+    monkeypatch.setattr("sys.stderr", Stream())
     assert train("--eval_interval=0").status == 128 + signal.SIGHUP
     assert load_checkpoint("out/tiny/last.pt")["progress"]["step"] == 1
+
+
+def test_a_terminal_that_is_really_closed_saves_the_run(verse):
+    """A shell on a terminal of its own, which is closed while the run writes to it."""
+    pty = pytest.importorskip("pty")
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(REPO / "train.py"), *TINY,
+                                  "--max_iters=100000", "--save_interval=50"])
+    seen, deadline = b"", time.time() + 60
+    while b" 60 " not in seen and time.time() < deadline:
+        seen += os.read(master, 10000)
+    os.close(master)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    progress = load_checkpoint("out/tiny/last.pt")["progress"]
+    assert progress["step"] == int(Path("out/tiny/metrics.csv").read_text().splitlines()[-1]
+                                   .split(",")[0]) >= 60
 
 
 # ---- resuming ----
@@ -458,12 +545,13 @@ def test_a_change_that_is_refused_names_the_way(train):
         one_sentence(train("--init_from=resume", change), 2, "--init_from=out/tiny/last.pt")
 
 
-def test_before_its_first_evaluation_a_run_can_write(train, run):
+def test_before_its_first_evaluation_a_run_can_write_and_be_evaluated(train, run):
     train("--max_iters=3")
     Path("out/tiny/best.pt").unlink()
     for options in ([], ["--out_dir=out/tiny"]):
         done = run("sample.py", "--max_new_tokens=3", *options)
         assert done.status == 0 and "out/tiny/last.pt" in done.err
+    assert train("--max_iters=3", "--init_from=resume", "--eval_only=True").status == 0
 
 
 # ---- the steps of many ----
@@ -513,7 +601,7 @@ def test_a_config_is_found_from_another_folder(verse, run):
     one_sentence(run("train.py", "config/nope.py"), 2, "no such config file")
 
 
-@pytest.mark.parametrize("name", ["data/verse", "data/verse/", "verse/"])
+@pytest.mark.parametrize("name", ["data/verse", "data/verse/", "verse/", "./data/verse", "data//verse"])
 def test_a_dataset_may_be_named_as_a_shell_completes_it(train, name):
     assert train(f"--dataset={name}").status == 0
     assert train("--init_from=resume", "--max_iters=7", "--lr_decay_iters=6").status in (0, 2)
@@ -524,7 +612,9 @@ def test_home_and_nested_folders_are_found(train, run, monkeypatch):
     assert train("--out_dir=~/run").status == 0 and Path("home/run/best.pt").is_file()
     assert train("--out_dir=out/a/b").status == 0
     assert "out/a/b/best.pt" in run("sample.py", "--max_new_tokens=2").err
+    Path("c.py").write_text('init_from = "~/run/best.pt"\n')
     for options in (["--out_dir=~/run"], ["--checkpoint=home/run/last.pt"],
+                    ["--init_from=~/run/best.pt"], ["c.py"],
                     ["--checkpoint=~/run/last.pt"], ["--init_from=home/run/last.pt"]):
         done = run("sample.py", "--max_new_tokens=2", *options)
         assert done.status == 0 and "/run/" in done.err, done

@@ -138,7 +138,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(workdir):
     (b"", [], 1, ["t.txt: 0 characters are too few for a train split"]),
     (b"a", [], 1, ["1 characters are too few for a train split"]),
     (b"abc" * 9, ["--source=nope.txt"], 1, ["nope.txt: no such file"]),
-    (b"abc" * 9, ["--tokenizer=word"], 2, ["--tokenizer must be char, byte, gpt2 or bpe"]),
+    (b"abc" * 9, ["--tokenizer=word"], 2, ["--tokenizer must be char, byte, gpt2, bpe or a checkpoint"]),
     (b"abc" * 9, ["--val_fraction=1.0"], 2, ["must be 0 or above and leave some to train on"]),
     (b"abc" * 9, ["--val_fraction=0.5", "--test_fraction=0.5"], 2, ["leave some to train on"]),
     (b"abc" * 9, ["--dataset=../x"], 2, ["--dataset must be the plain name"]),

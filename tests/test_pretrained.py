@@ -139,7 +139,8 @@ def test_memory_stays_near_the_weights(tmp_path):
     """100 MB of weights, loaded in a process of its own."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 10000, 4, 8, 640))
-    write_pretrained(model, SimpleNamespace(spec={"kind": "byte"}, eot=None), Path("big"))
+    write_pretrained(model, SimpleNamespace(spec={"kind": "byte"}, eot=None, vocab_size=10000),
+                     Path("big"))
     size = Path("big/model.safetensors").stat().st_size
     code = (f"import resource, sys; sys.path.insert(0, {str(REPO)!r}); import model, torch\n"
             "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -152,8 +153,7 @@ def test_memory_stays_near_the_weights(tmp_path):
 
 def damaged(change):
     """The safetensors file of a small model, its header changed by change(header), in ours/."""
-    write_pretrained(random_model(vocab_size=256), SimpleNamespace(spec={"kind": "byte"}, eot=255),
-                     Path("ours"))
+    write_pretrained(random_model(vocab_size=256), ByteTokenizer(), Path("ours"))
     path = Path("ours/model.safetensors")
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
@@ -229,8 +229,7 @@ def hub(serve, monkeypatch):
     """hub(answer, ...) -> the bytes of a small model.safetensors that a local Hub serves as gpt2,
     whose config.json is in the cache already."""
     def hub(*answers):
-        write_pretrained(random_model(vocab_size=256), SimpleNamespace(
-            spec={"kind": "byte"}, eot=255), Path("cache/gpt2"))
+        write_pretrained(random_model(vocab_size=256), ByteTokenizer(), Path("cache/gpt2"))
         path = Path("cache/gpt2/model.safetensors")
         body = path.read_bytes()
         path.unlink()

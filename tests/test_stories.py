@@ -149,7 +149,7 @@ def test_killed_at_any_moment_it_finishes_with_the_same_bytes(prepare, monkeypat
     ("a", ["--val_source=nope"], 2, ["--val_source=nope"]),
     ("a", ["--val_source=official"], 2, ["goes with --source=tinystories"]),
     ("a", ["--source=grammar", "--val_source=s.txt"], 2, ["leave --val_source out"]),
-    ("a", ["--tokenizer=word"], 2, ["must be char, byte, gpt2 or bpe"]),
+    ("a", ["--tokenizer=word"], 2, ["must be char, byte, gpt2, bpe or a checkpoint"]),
     ("a", ["--tokenizer=bpe", "--vocab_size=256"], 2, ["from 257 to 65536"]),
     ("a", ["--fraction=0.0"], 2, ["--fraction must be above 0"]),
     ("a", ["--val_fraction=-0.1"], 2, ["must be 0 or above"]),

@@ -324,7 +324,8 @@ FILES = ["n_layer = 2\nn_layer += {}", "{} = 1", "n_embd = {}", "raise ValueErro
          "import os\nseed = {}", "def f(:", "import sys; sys.exit({!r})", "seed = [{!r}]", "\0",
          "dropout = {!r}", "bias = {!r}", "max_iters = object()", "start = {!r}", "1 / 0"]
 PLACES = {"dataset", "out_dir", "init_from", "checkpoint"}  # what is not there is no wrong setting
-LONG_TO_TAKE = {"max_iters", "max_epochs", "gradient_accumulation_steps", "compile", "n_layer"}
+LONG_TO_TAKE = {"max_iters", "max_epochs", "max_minutes", "gradient_accumulation_steps", "compile",
+                "n_layer"}
 
 
 @often(40, 2000)
