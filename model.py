@@ -690,7 +690,7 @@ class BPETokenizer:
         count = len(self.ranks)
         self.special = spec.get("special", {EOT: count})
         ids = [*spec.get("ids", range(count)), *self.special.values()]
-        check(len(set(ids)) == count + len(self.special), "a byte-pair vocabulary must repeat no id")
+        check(len(set(ids)) == len(ids), "a byte-pair vocabulary must repeat no id")
         self.ids, self.rank_of = np.array(ids, np.uint32), {i: rank for rank, i in enumerate(ids)}
         self.spec, self.vocab_size = spec, max(ids) + 1
         self.eot = spec.get("eot", self.special.get(EOT))

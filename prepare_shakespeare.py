@@ -136,7 +136,7 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
                 totals += counts
         counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
         if split in nats:
-            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # the first is no target
+            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # but the first
             counts["nats_per_character"] = nats[split] / counts["characters"]
         meta["splits"][split] = {"file": f"{split}.bin"} | counts
         print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "

@@ -185,7 +185,7 @@ def json_stories(path):
                 text.encode()  # half of a surrogate pair is no text
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f'{path}, line {number}, is no JSON like {{"text": "..."}} in '
-                                 f"UTF-8, remove it or write a .txt with {EOT} behind each") from None
+                                 f"UTF-8, remove it or write a .txt, {EOT} behind each") from None
             yield from (story.strip() for story in text.removesuffix(EOT).split(EOT))
 
 def split_stories(raw, path, place):

@@ -189,7 +189,8 @@ def write(model, tokenizer, ids, read_token=None):
     began = time.perf_counter()
     rows = (print_one if num_samples == 1 else print_many)(new, tokenizer, prompt)
     tokens, seconds = sum(map(len, rows)), time.perf_counter() - began
-    print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
+    print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s",
+          file=sys.stderr)
     return ids[0].tolist() + rows[0]
 
 def print_one(new, tokenizer, prompt):

@@ -372,7 +372,7 @@ class Windows:
         self.per_epoch = (len(tokens) - self.phases) // block_size  # that fit in any phase
 
     def span(self, row, phase=0):
-        """The places of a row's first input and last target; with block_size 8, (8, 16) of row 1."""
+        """Places of a row's first input and last target; with block_size 8, (8, 16) of row 1."""
         first = phase + block_size * row
         return first, min(first + block_size, len(self.tokens) - 1)
 
@@ -406,7 +406,7 @@ def random_seed(purpose, *indices):
 
 @lru_cache(maxsize=2)  # a batch may hold the end of one epoch and the start of the next
 def epoch_order(rows, epoch):
-    """The phase and random order of an epoch's rows: each token is a target once, but at the ends."""
+    """Phase and random order of an epoch's rows: each token a target once, but at the ends."""
     generator = np.random.default_rng(random_seed("epoch", epoch))
     phase = int(generator.integers(rows.phases))
     order = np.arange(rows.per_epoch, dtype=np.uint32)

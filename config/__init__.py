@@ -24,7 +24,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    SIGNALS.append(signal.SIGHUP)
 
 class Setting(NamedTuple):
     """A line `name = value  # help` of a script, below a comment line, its section."""
