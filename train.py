@@ -184,8 +184,8 @@ def main(cleanup):
     each_step, each_evaluation = time_a_step(raw, autocast, data, device)
     if max_minutes:
         left = 60 * max_minutes - progress["seconds"] - each_evaluation
-        steps = progress["steps"] or first + steps_in(left, each_step, each_evaluation,
-                                                      evaluate_every)
+        fit, = summed(device, first + steps_in(left, each_step, each_evaluation, evaluate_every))
+        steps = progress["steps"] or round(fit / world_size)  # the same in all processes
     require(first < steps or not first, f"{source} has {first} steps, raise --max_iters or "
             f"--max_epochs" + ", leave --max_minutes out" * (max_minutes > 0))
     require(not profile or steps - first >= 3 + profile,
@@ -250,11 +250,12 @@ def main(cleanup):
         # ---- what follows only looks, and saves ----
         done, now = step + 1, time.time()
         stepping += now - step_began
-        if max_minutes and not progress["steps"] and now - began > 6 * max_minutes:
-            # A tenth of the time has gone: what fits into the rest decides the schedule.
-            steps = progress["steps"] = done + steps_in(
+        if max_minutes and not progress["steps"]:
+            late, fit = summed(device, now - began > 6 * max_minutes, done + steps_in(
                 60 * max_minutes - (now - began), stepping / (done - first), each_evaluation,
-                evaluate_every)
+                evaluate_every))
+            if late:  # a tenth of the time has gone: what fits into the rest decides the schedule
+                steps = progress["steps"] = round(fit / world_size)
         row = {"step": done, "loss": loss, "lr": lr, "norm": grad_norm,
                "ms": 1000 * (now - step_began), "tok/s": rows * block_size / (now - step_began),
                "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
