@@ -227,8 +227,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """Matrices are normal with std 0.02; the 2 n_layer c_proj, whose outputs the residual
         stream adds up, with 0.02 / sqrt(2 n_layer); biases 0; LayerNorm's weights 1; sinusoids
-        fixed. An untrained loss is then about ln(vocab_size) + 0.0002 n_embd; of a tied model with
-        scaled embeddings more, as it repeats the last token."""
+        fixed. An untrained loss is then about ln(vocab_size) + 0.0002 n_embd; of a tied model
+        with scaled embeddings more, as it repeats the last token."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -404,8 +404,8 @@ def save_checkpoint(path, model, tokenizer, **training):
                     "model": model.state_dict(), **training}, file)
 
 def run_file(run_dir, name):
-    """The path of a run's checkpoint, or name itself where it has a folder. last.pt stands in for
-    best.pt until the first evaluation has written that."""
+    """The path of a run's checkpoint, or name itself where it has a folder. last.pt stands in
+    for best.pt until the first evaluation has written that."""
     path = Path(name) if "/" in name else Path(run_dir, name)
     last = path.with_name("last.pt")
     return last if path.name == "best.pt" and last.exists() and not path.exists() else path
@@ -588,8 +588,8 @@ def read_tokenizer(folder, theirs):
             "pieces": pieces, "ids": ids, "special": special, "eot": eot}
 
 def read_safetensors(path):
-    """({name: tensor}, metadata) of a file: 8 bytes, the length of a JSON header; the header; the
-    numbers, one tensor after another. Raises ValueError where it is not just that."""
+    """({name: tensor}, metadata) of a file: 8 bytes, the length of a JSON header; the header;
+    the numbers, one tensor after another. Raises ValueError where it is not just that."""
     weights, end, size = {}, 0, path.stat().st_size
     damaged = f"{path.name} is damaged, fetch it again: "
     with open(path, "rb") as file:
@@ -670,9 +670,9 @@ LETTERS = "".join(chr(b if b in SEEN else 256 + sum(i not in SEEN for i in range
                   for b in range(256))
 
 class BPETokenizer:
-    """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken: GPT-2's 50,257; our own, 256 bytes,
-    spec["tokens"], in Latin-1, as learned, and EOT; or those of others, which have ids of their
-    own, in that order, "special" texts {text: id}, and "pieces"."""
+    """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken: GPT-2's 50,257; our own, 256
+    bytes, spec["tokens"], in Latin-1, as learned, and EOT; or those of others, which have ids
+    of their own, in that order, "special" texts {text: id}, and "pieces"."""
     def __init__(self, spec):
         if spec["kind"] == "gpt2":
             try:
@@ -721,8 +721,8 @@ def tokenizer_from(spec):
     raise ValueError("a tokenizer's spec must be of kind char, byte, gpt2 or bpe")
 
 def read_text(path):
-    """The text of a UTF-8 file, without a byte-order mark and with \\n for \\r\\n. Raises OSError
-    or ValueError."""
+    """The text of a UTF-8 file, without a byte-order mark and with \\n for \\r\\n. Raises
+    OSError or ValueError."""
     try:
         return plain(Path(path).expanduser().read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -735,16 +735,16 @@ def plain(text):
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 def unescape(text):
-    """A prompt with the line ends, tabs and backslashes that a shell's user writes as \\n, \\t and
-    \\\\; a FILE: stays as it is."""
+    """A prompt with the line ends, tabs and backslashes that a shell's user writes as \\n, \\t
+    and \\\\; a FILE: stays as it is."""
     if text.startswith("FILE:"):
         return text
     text = plain(text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 def encode_prompt(tokenizer, start):
-    """(1, T) ids of a prompt, or of the file that FILE:path names. An empty one begins a text: with
-    eot, a line end, or the first of the vocabulary. Raises OSError or ValueError."""
+    """(1, T) ids of a prompt, or of the file that FILE:path names. An empty one begins a text:
+    with eot, a line end, or the first of the vocabulary. Raises OSError or ValueError."""
     text = read_text(start[5:]) if start.startswith("FILE:") else start
     if not text and tokenizer.eot is not None:
         return torch.tensor([[tokenizer.eot]])
@@ -767,8 +767,8 @@ def pick_device(name):
         raise ValueError(f"device {name!r} cannot be used here, try auto or cpu") from error
 
 def pick_dtype(name, device, trials):
-    """The number type of a setting. auto: bfloat16 on a GPU, or float16 where it has none; on a
-    CPU the first word of the fastest of trials. float16 off CUDA means auto."""
+    """The number type of a setting. auto: bfloat16 on a GPU, or float16 where it has none; on
+    a CPU the first word of the fastest of trials. float16 off CUDA means auto."""
     if name not in ("auto", "float16") or name == "float16" and device.type == "cuda":
         return name
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -776,8 +776,8 @@ def pick_dtype(name, device, trials):
     return fastest(trials) if device.type == "cpu" else "bfloat16"
 
 def fastest(trials, seconds=0.4):
-    """The fastest of {name: function}, the first in doubt, and says so. They take turns and the
-    least time of each counts, so that what else the machine does decides nothing."""
+    """The fastest of {name: function}, the first in doubt, and says so. They take turns and
+    the least time of each counts, so that what else the machine does decides nothing."""
     if len(trials) == 1:
         return next(iter(trials))
     least, turns = dict.fromkeys(trials, math.inf), 0
@@ -798,8 +798,8 @@ def fastest(trials, seconds=0.4):
     return best
 
 def compiled(wanted, device, attempt):
-    """The result of attempt(), which compiles and runs, where wanted: true, or auto on CUDA. None
-    where it is not, or does not work."""
+    """The result of attempt(), which compiles and runs, where wanted: true, or auto on CUDA.
+    None where it is not, or does not work."""
     if wanted == "true" or wanted == "auto" and device.type == "cuda":
         try:
             return attempt()

@@ -182,9 +182,9 @@ def learn_tokenizer(texts, vocab_size, most=50_000_000):
     return tokenizer_from({"kind": "bpe", "tokens": tokens})
 
 def learn_bpe(counts, merges):
-    """Tokens in the order learned: starting from bytes, the two neighbours that meet most often
-    in {piece: count} become one token, up to merges times (Sennrich et al. 2016). Ties go to the
-    smallest bytes. learn_bpe({"banana": 1, "ban": 2}, 2) is [b"an", b"ban"]."""
+    """Tokens in the order learned: starting from bytes, the two neighbours that meet most
+    often in {piece: count} become one token, up to merges times (Sennrich et al. 2016). Ties
+    go to the smallest bytes. learn_bpe({"banana": 1, "ban": 2}, 2) is [b"an", b"ban"]."""
     # For each byte of all pieces: the token that begins there, how often its piece occurs, and
     # where the token before it and the one after it begin; -1: there is none.
     tokens_at, times, before, after = [], array("i"), array("i"), array("i")

@@ -108,8 +108,8 @@ def check_settings():
 # ---- where stories come from ----
 
 def text_files(name, path):
-    """The file at path, or the .txt and .jsonl files in the folder there, in the order of their
-    names. What can be read only once, a pipe, is copied to data/ first."""
+    """The file at path, or the .txt and .jsonl files in the folder there, in the order of
+    their names. What can be read only once, a pipe, is copied to data/ first."""
     path = Path(path)
     if path.is_dir():
         inside = sorted(file for file in path.rglob("*") if file.is_file() and not any(

@@ -316,8 +316,8 @@ def check_settings(run_dir):
         print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
 
 def require_memory(config, device):
-    """Stops where weights, gradients and moments (16 bytes a parameter) and the logits of a batch
-    and their gradients (8 bytes each) cannot fit, before anything is allocated."""
+    """Stops where weights, gradients and moments (16 bytes a parameter) and the logits of a
+    batch and their gradients (8 bytes each) cannot fit, before anything is allocated."""
     C, width = config.n_embd, config.n_inner or 4 * config.n_embd
     parameters = C * (config.vocab_size + block_size + config.n_layer * (4 * C + 2 * width))
     needed, there = 16 * parameters + 8 * batch_size * block_size * config.vocab_size, math.inf
@@ -426,8 +426,8 @@ def row_spans(rows, step, micro):
 # ---- optimizers and schedule ----
 
 def make_optimizers(model):
-    """The first of a pair in OPTIMIZERS for all parameters, or both, the second for matrices of
-    blocks. Weight decay is for matrices (embeddings too), not for biases and gains."""
+    """The first of a pair in OPTIMIZERS for all parameters, or both, the second for matrices
+    of blocks. Weight decay is for matrices (embeddings too), not for biases and gains."""
     first, second = OPTIMIZERS[optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = dict.fromkeys(p for p in model.h.parameters() if p.dim() == 2 and second)
@@ -462,9 +462,9 @@ class AdamW(torch.optim.Optimizer):
                 p -= lr * m_hat / (v_hat.sqrt() + group["eps"])
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024), as
-    large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape go
-    together, in half of torch.optim.Muon's time."""
+    """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024),
+    as large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape
+    go together, in half of torch.optim.Muon's time."""
     def __init__(self, params, lr, momentum, weight_decay=0.0):
         shapes = {}
         for p in params:

@@ -125,8 +125,8 @@ def stop_on_error(status=1):
 
 @contextmanager
 def catch_signals():
-    """A list that the first Ctrl-C, SIGTERM or SIGHUP inside is appended to; a second one kills.
-    One that is ignored stays so, as nohup wants; a thread cannot catch any."""
+    """A list that the first Ctrl-C, SIGTERM or SIGHUP inside is appended to; a second one
+    kills. One that is ignored stays so, as nohup wants; a thread cannot catch any."""
     received, before = [], {}
 
     def receive(number, frame):
@@ -153,8 +153,8 @@ def config_file(default):
     return ([default] + [one for one in sys.argv[1:] if not one.startswith("-")])[-1]
 
 def _report(kind, error, trace):
-    """Ctrl-C and a closed pipe, as by head, need no traceback; a full disk and too little memory
-    a sentence; anything else uncaught is a bug."""
+    """Ctrl-C and a closed pipe, as by head, need no traceback; a full disk and too little
+    memory a sentence; anything else uncaught is a bug."""
     no_memory = "out of memory|t allocate|calculation overflowed"  # in torch's RuntimeErrors
     if issubclass(kind, MemoryError) or re.search(no_memory, str(error)):
         print("out of memory, make the batch, the context or the model smaller", file=sys.stderr)
@@ -173,8 +173,8 @@ def _remedy(error):
     return ": choose another place" if number else ""
 
 def _run_config(path, folder):
-    """The names a config file assigns; the modules it imports and its _names are its own. The file
-    may also lie beside the script."""
+    """The names a config file assigns; the modules it imports and its _names are its own. The
+    file may also lie beside the script."""
     if not os.path.isfile(path) and os.path.isfile(folder / path):
         path = str(folder / path)
     if not os.path.isfile(path):  # Path.is_file may raise where no file can have that name
