@@ -9,7 +9,7 @@ import torch
 from conftest import one_sentence
 
 import model
-from model import ByteTokenizer
+from model import GPT, ByteTokenizer, GPTConfig
 
 
 @pytest.fixture
@@ -180,6 +180,22 @@ def test_where_torch_compile_fails_the_text_comes_and_a_sentence_says_so(sample,
     result = sample("--compile=true")
     assert result.out == plain.out
     assert "torch.compile does not work here (RuntimeError), going on without it" in result.err
+
+
+@pytest.mark.parametrize("dtype, rows, names", [
+    ("auto", 1, ["float32", "bfloat16", "bfloat16 by mv"]), ("auto", 3, ["float32", "bfloat16"]),
+    ("bfloat16", 1, ["bfloat16", "bfloat16 by mv"]), ("float32", 1, None)])
+def test_a_large_model_is_timed_in_what_the_setting_allows(monkeypatch, dtype, rows, names):
+    import sample as script
+    timed = []
+    monkeypatch.setattr(script, "fastest", lambda trials: timed.append(
+        [name for name in trials if trials[name]()]) or [*trials][-1])
+    large = GPT(GPTConfig(8, 65, 4, 4, 256)).eval()
+    script.set_dtype(large, dtype, torch.device("cpu"), rows)
+    assert timed == ([names] if names else [])
+    last = names[-1] if names else dtype
+    assert large.wte.weight.dtype == getattr(torch, last.split()[0])
+    assert large.h[0].mlp.c_fc.by_mv == last.endswith("by mv")
 
 
 def test_the_type_of_the_weights_is_a_choice_and_float16_is_for_gpus(sample, monkeypatch):
