@@ -531,45 +531,48 @@ def read_gpt2(folder):
             weights[name] = weights[name].T.contiguous()
     return config, weights, read_tokenizer(folder, theirs) if spec is None else spec, {}
 
+def parse_tokenizer_json(saved):
+    """(vocabulary, merges, special tokens, pattern that cuts text) of a tokenizer.json that is a
+    byte-level BPE like GPT-2's. Raises ValueError for any other."""
+    model, added, pieces = saved["model"], saved.get("added_tokens") or [], r50k_pat_str
+    no_bpe = "its tokenizer.json is no byte-level BPE like GPT-2's"
+    plain_only = [(model, ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                           "byte_fallback")), (saved, ("normalizer",))]
+    plain_only += [(token, ("lstrip", "rstrip", "single_word")) for token in added]
+    odd = [name for part, names in plain_only for name in names if part.get(name)]
+    check(not odd, f"{no_bpe}, which has no {', '.join(odd)}")
+    check(model.get("type", "BPE") == "BPE", no_bpe)
+    steps = saved["pre_tokenizer"] or {}
+    match steps.get("pretokenizers", [steps]):
+        case [{"type": "ByteLevel", "add_prefix_space": False} as last]:
+            check(last.get("use_regex", True), f"{no_bpe}: its tokens cross words")
+        case [{"type": "Split", "pattern": {"Regex": pieces}, "behavior": "Isolated",
+               "invert": False}, {"type": "ByteLevel", "add_prefix_space": False,
+                                  "use_regex": False}]:
+            pass
+        case _:
+            raise ValueError(no_bpe)
+    return model["vocab"], model["merges"], {t["content"]: t["id"] for t in added}, pieces
+
 def read_tokenizer(folder, theirs):
     """The spec of the byte-level BPE beside a GPT-2's weights, in tokenizer.json or in vocab.json
     and merges.txt; of GPT-2's own where its config has so many tokens and there is neither."""
-    special, pieces, about = {}, r50k_pat_str, {}
-    if (folder / "tokenizer.json").is_file():
-        saved = json.loads(read_text(folder / "tokenizer.json"))
-        added = saved.get("added_tokens") or []
-        odd = [name for part, names in (
-            (saved, ["normalizer"]), *((one, ["lstrip", "rstrip", "single_word"]) for one in added),
-            (saved["model"], ["dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                              "byte_fallback"])) for name in names if part.get(name)]
-        check(saved["model"].get("type", "BPE") == "BPE" and not odd, f"its tokenizer.json is no "
-              f"byte-level BPE like GPT-2's, which has no {', '.join(odd) or 'other type'}")
-        vocabulary, merges = saved["model"]["vocab"], saved["model"]["merges"]
-        special = {one["content"]: one["id"] for one in added}
-        steps = saved["pre_tokenizer"] or {}
-        match steps.get("pretokenizers", [steps]):
-            case [{"type": "ByteLevel", "add_prefix_space": False} as last]:
-                check(last.get("use_regex", True), "its tokens cross words")
-            case [{"type": "Split", "pattern": {"Regex": pieces}, "behavior": "Isolated",
-                   "invert": False}, {"type": "ByteLevel", "add_prefix_space": False,
-                                      "use_regex": False}]:
-                pass
-            case _:
-                raise ValueError("its tokenizer.json is no byte-level BPE like GPT-2's")
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocabulary = json.loads(read_text(folder / "vocab.json"))
+    def read(name):
+        return json.loads(read_text(folder / name)) if (folder / name).is_file() else {}
+
+    if saved := read("tokenizer.json"):
+        vocabulary, merges, special, pieces = parse_tokenizer_json(saved)
+    elif (vocabulary := read("vocab.json")) and (folder / "merges.txt").is_file():
         merges = [line for line in read_text(folder / "merges.txt").splitlines()
                   if line and not line.startswith("#version")]
-        if (folder / "added_tokens.json").is_file():
-            special = json.loads(read_text(folder / "added_tokens.json"))
-        if (folder / "tokenizer_config.json").is_file():
-            about = json.loads(read_text(folder / "tokenizer_config.json"))
-        check(not about.get("add_prefix_space"), "its tokenizer is no byte-level BPE like GPT-2's, "
-              "which puts no blank before a text (add_prefix_space)")
+        special, pieces = read("added_tokens.json"), r50k_pat_str
+        check(not read("tokenizer_config.json").get("add_prefix_space"), "its tokenizer is no "
+              "byte-level BPE like GPT-2's, which puts no blank before a text (add_prefix_space)")
     else:
         check(50257 <= theirs["vocab_size"] <= 50304, "its tokens are not GPT-2's, and it has no "
               "tokenizer.json beside the weights, nor vocab.json and merges.txt")
         return {"kind": "gpt2"}
+
     names = [*LETTERS, *("".join(pair.split(" ") if isinstance(pair, str) else pair)
                          for pair in merges)]
     names = list(dict.fromkeys(names))                       # tokens in the order of their merges
