@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -100,7 +101,7 @@ ACTIVATIONS = {  # name: (formula, fused kernel)
 CHOICES = {"positions": ("learned", "sinusoidal"), "norm": ("pre", "post"),
            "activation": ACTIVATIONS}
 
-# ---- the network; Linear and Dropout are torch's, made faster at the end of this file ----
+# ---- the network; Dropout is torch's, made faster near the end of this file ----
 
 class LayerNorm(nn.Module):
     """Keeps each token's numbers in one range: (x - mean) / std * weight + bias."""
@@ -119,8 +120,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
-        self.c_attn = Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
-        self.c_proj = Linear(C, C, bias=config.bias)
+        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.attn_dropout = Dropout(config.dropout)          # of the weights (T, S)
         self.resid_dropout = Dropout(config.dropout)         # of what the residual stream gets
         self.n_head, self.layer = config.n_head, layer
@@ -148,8 +149,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.n_inner or 4 * config.n_embd          # as GPT-2, room for more features
-        self.c_fc = Linear(config.n_embd, width, bias=config.bias)
-        self.c_proj = Linear(width, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
         self.activation = ACTIVATIONS[config.activation][config.fused]  # of a pair, 0 or 1
 
@@ -188,7 +189,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # The last post-norm block has normalized its output already.
         self.ln_f = LayerNorm(config) if config.norm == "pre" else nn.Identity()
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight            # one matrix for in and out
         self.init_weights()
@@ -290,7 +291,7 @@ def next_logits(model, ids, cache, read_token=None):
     read = read_token if read_token and new.shape[1] == 1 else model.hidden
     states = read(new, cache)                                # (B, T, C)
     logits = model.lm_head(states[:, -1]).float()
-    check(logits.isfinite().all(), "the model's logits are not finite, try --dtype=float32")
+    check(logits.amax().isfinite(), "the model's logits are not finite, try --dtype=float32")
     return logits
 
 @torch.no_grad()
@@ -299,7 +300,7 @@ def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=Non
     """Yields the ids (B, 1) that continue ids (B, T), up to max_new_tokens times: samples of
     filter_logits(**filters) below vocab_size, row i by generators[i], if given. A row that has
     written eot, the end of a text, repeats it; the stream ends when all have. In eval mode."""
-    cache = KVCache(model.config, len(ids), model.wte.weight)
+    cache = KVCache(model.config, len(ids), model.wpe.weight)
     ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, ids, cache, read_token)[:, :vocab_size]
@@ -771,7 +772,7 @@ def pick_device(name):
 
 def pick_dtype(name, device, trials):
     """The number type of a setting. auto: bfloat16 on a GPU, or float16 where it has none; on
-    a CPU the first word of the fastest of trials. float16 off CUDA means auto."""
+    a CPU the fastest of trials. float16 off CUDA means auto."""
     if name not in ("auto", "float16") or name == "float16" and device.type == "cuda":
         return name
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -795,9 +796,8 @@ def fastest(trials, seconds=0.4):
     first, *others = least
     best = min(others, key=least.get, default=first)
     best = best if least[best] < 0.95 * least[first] else first
-    for name in others:
-        print(f"{best}: {name} takes {least[name] / least[first]:.2f} of {first}'s time here",
-              file=sys.stderr)
+    took = ", ".join(f"{name} takes {least[name] / least[first]:.2f}" for name in others)
+    print(f"{best}: {took} of {first}'s time here", file=sys.stderr)
     return best
 
 def compiled(wanted, device, attempt):
@@ -891,17 +891,6 @@ def fused_attention(q, k, v, dropout):
     weights = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(dim=-1)
     return (dropout(weights) @ v).view(B, H, T, D)
 
-class Linear(nn.Linear):
-    """nn.Linear; with by_mv another product for one row, as in writing token by token. For
-    bfloat16 it took 0.7 of the time with AMX, 1.8 without: sample.py measures which is faster."""
-    by_mv = False
-
-    def forward(self, x):
-        if not self.by_mv or x.numel() != self.in_features or torch.is_grad_enabled():
-            return super().forward(x)
-        y = torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y.add_(self.bias)
-
 class Dropout(nn.Dropout):
     """nn.Dropout: zero by chance p, else divided by 1 - p (Srivastava et al. 2014). On a CPU
     random numbers take half of a step; here bits are drawn, and made into factors in place."""
@@ -952,3 +941,60 @@ class SlicedCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss):
         gradient, = ctx.saved_tensors
         return gradient.mul_(d_loss), None
+
+# ---- products for writing on a CPU, where each token reads all matrices from memory ----
+
+def use_product(model, name):
+    """Lets the linear layers of a model on a CPU, in eval mode, multiply as one of PRODUCTS
+    does, in place. Raises ValueError where torch cannot."""
+    check(model.wpe.weight.device.type == "cpu", f"--dtype={name} is for --device=cpu here")
+    dtype, linear, embedding = PRODUCTS[name]
+    model.to(dtype)
+    with reading(f"--dtype={name}", ", try float32"), warnings.catch_warnings(action="ignore"):
+        for module in [*model.modules()]:
+            for child in [key for key, m in module.named_children() if type(m) is nn.Linear]:
+                setattr(module, child, linear(getattr(module, child)))
+        model.wte = embedding(model.wte)
+
+class Float16Linear(nn.Module):
+    """nn.Linear whose weights are float16, by FBGEMM, which adds up in float32."""
+    def __init__(self, linear):
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight, linear.bias)
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+class Int8Linear(nn.Module):
+    """nn.Linear of int8. Its input is rounded as it comes, to 7 bits: so no sum overflows."""
+    def __init__(self, linear):
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack(int8_rows(linear.weight), linear.bias)
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+
+class Int8Embedding(nn.Module):
+    """nn.Embedding whose rows are int8 until they are read."""
+    def __init__(self, embedding):
+        super().__init__()
+        rows = int8_rows(embedding.weight)
+        self.numbers, self.scales = rows.int_repr(), rows.q_per_channel_scales().float()
+
+    def forward(self, ids):
+        return self.numbers[ids] * self.scales[ids, None]
+
+def int8_rows(w):
+    """Rounds each row of a matrix to whole numbers from -127 to 127 times a scale of its own."""
+    scales = w.abs().amax(dim=1).clamp(min=1e-9) / 127
+    return torch.quantize_per_channel(w, scales, torch.zeros(len(w)).long(), 0, torch.qint8)
+
+def same(module):
+    return module
+
+PRODUCTS = {  # dtype: (type of what else there is, what takes the place of nn.Linear, of wte)
+    "float32": (torch.float32, same, same),
+    "float16": (torch.float32, Float16Linear, nn.Module.half),
+    "bfloat16": (torch.bfloat16, same, same),
+    "int8": (torch.float32, Int8Linear, Int8Embedding),
+}

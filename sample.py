@@ -13,18 +13,19 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from config import at_least, configure, one_of, require, stop_on_error
-from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, TRANSPOSED,
-                   BPETokenizer, KVCache, Linear, atomic_write, compiled, encode_prompt, fastest,
+from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, PRODUCTS, TRANSPOSED,
+                   BPETokenizer, KVCache, atomic_write, compiled, encode_prompt, fastest,
                    load_checkpoint, next_logits, pick_device, pick_dtype, run_file, stream,
-                   unescape)
+                   unescape, use_product)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
@@ -33,7 +34,7 @@ export = ""              # a folder to write for transformers, instead of text
 out_dir = ""             # folder of a run; empty: that of the newest under out/
 checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt; or a path
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"           # of the weights: float32, bfloat16, float16 (CUDA); auto: the fastest
+dtype = "auto"           # of the weights: float32, bfloat16, float16, int8 (CPU); auto: the fastest
 compile = "auto"         # auto (on CUDA), true or false: torch.compile, which begins slowly
 # Text
 start = ""               # \n is a line end; or FILE:prompt.txt; empty: as the run's samples
@@ -70,7 +71,8 @@ def main():
             write_pretrained(model, tokenizer, Path(export))
             return print(f"{source} as {export}, for AutoModelForCausalLM.from_pretrained")
     # Each token reads all weights from memory: half the bytes are faster, if there are many.
-    set_dtype(model, dtype, device, max(num_samples, num_beams))
+    with stop_on_error(2):
+        set_dtype(model, dtype, device, max(num_samples, num_beams))
     read_token = compile_reading(model, device)
     if interactive:
         print(f"{source}, an empty line or Ctrl-D ends", file=sys.stderr)
@@ -98,7 +100,7 @@ def main():
 def check_settings():
     at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
-    one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16")
+    one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16", "int8")
     if not (init_from and Path(init_from).exists()):
         one_of(settings, "init_from", "resume", *PRETRAINED, "a folder or a .pt file")
     one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
@@ -124,33 +126,30 @@ def find_checkpoint():
             f"its --out_dir", 1)
     return max(paths, key=lambda path: path.stat().st_mtime)
 
+@torch.no_grad()
 def set_dtype(model, name, device, rows):
-    """Gives the weights the number type of a setting. On a CPU auto is the one in which the
-    matrices, up to 100 MB of them, are the fastest for a token of each row; of one row of
-    bfloat16 the faster of two products is taken."""
-    matrices, size = [], 0
+    """Gives the weights the number type of a setting. On a CPU auto is the product by which
+    matrices of the model, up to 100 MB, are the fastest for a token of each row."""
+    if device.type != "cpu" and name != "int8":
+        return model.to(getattr(torch, pick_dtype(name, device, {})))
+    linears, size = [], 0
     for module in model.h.modules():
-        if isinstance(module, Linear) and size < 1e8:
-            matrices.append(module.weight.detach())
+        if isinstance(module, nn.Linear) and size < 1e8:
+            linears.append(module)
             size += module.weight.nbytes
 
-    def trial(product, dtype):
-        x = {w.shape[1]: torch.ones(rows, w.shape[1], dtype=dtype) for w in matrices}
-        weights = [w.to(dtype) for w in matrices]
-        return lambda: [product(x[w.shape[1]], w) for w in weights]
+    def trial(product):
+        dtype, linear, _ = PRODUCTS[product]
+        layers = [linear(deepcopy(module).to(dtype)) for module in linears]
+        inputs = [torch.ones(rows, module.in_features, dtype=dtype) for module in linears]
+        return lambda: [layer(x) for layer, x in zip(layers, inputs)]
 
-    choice = pick_dtype(name, device, {"float32": None})
-    if device.type == "cpu" and name != "float32" and size > 1e7:  # what is smaller stays at hand
-        trials = {} if name == "bfloat16" else {"float32": trial(F.linear, torch.float32)}
-        trials["bfloat16"] = trial(F.linear, torch.bfloat16)
-        if rows == 1:
-            trials["bfloat16 by mv"] = trial(lambda x, w: torch.mv(w, x[0]), torch.bfloat16)
-        choice = fastest(trials)
-    name, *by_mv = choice.split()
-    model.to(getattr(torch, name))
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.by_mv = bool(by_mv)
+    if name == "auto":
+        name = "float32"
+        if size > 1e7:  # what is smaller stays at hand
+            half = ["float16"] * ("fbgemm" in torch.backends.quantized.supported_engines)
+            name = fastest({product: trial(product) for product in (name, *half, "bfloat16")})
+    use_product(model, name)
 
 def compile_reading(model, device):
     """model.hidden compiled for one token at a time; None where unwanted or impossible."""
@@ -246,7 +245,7 @@ def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=N
                 vocab_size=None, read_token=None):
     """(1, T) ids -> these and the continuation with the largest log-probability / length **
     length_penalty among those that num_beams partial texts, kept at each length, lead to."""
-    cache = KVCache(model.config, num_beams, model.wte.weight)
+    cache = KVCache(model.config, num_beams, model.wpe.weight)
     rows = ids.repeat(num_beams, 1)
     scores = torch.full((num_beams, 1), -math.inf, device=ids.device)
     scores[0] = 0.0  # all rows are the same yet
@@ -283,7 +282,7 @@ def plot_attention(model, tokenizer, ids, title):
     from matplotlib.figure import Figure
     ids, maps = ids[-model.config.block_size:], []
     with torch.inference_mode():
-        model.float().hidden(torch.tensor([ids], device=model.wte.weight.device), maps=maps)
+        model.float().hidden(torch.tensor([ids], device=model.wpe.weight.device), maps=maps)
     layers, heads, T = len(maps), model.config.n_head, len(ids)
     side = min(3.0, 7 / heads)  # of a map, inches
     figure = Figure(figsize=(8, 1.8 + side * layers), dpi=100, layout="compressed")

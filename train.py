@@ -32,7 +32,7 @@ from config import (SIGNALS, at_least, catch_signals, configure, dataset_name,
                     declared_settings, one_of, require, stop_on_error)
 from model import (EOT, GPT, PRETRAINED, GPTConfig, atomic_write, compiled, encode_prompt,
                    load_checkpoint, pick_device, pick_dtype, reading, run_file, save_checkpoint,
-                   show_progress, tokenizer_from, unescape)
+                   show_progress, tokenizer_from, unescape, use_product)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -102,7 +102,7 @@ wandb_project = "gpt2"
 wandb_run_name = ""          # empty: the name of the run's folder
 # Machine
 device = "auto"              # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"               # auto, float32, bfloat16 or float16 (CUDA only)
+dtype = "auto"               # auto, float32, bfloat16, float16 (CUDA); with eval_only int8 (CPU)
 compile = "auto"             # auto (on CUDA), true or false: torch.compile
 settings = configure(globals())
 dataset = settings["dataset"] = dataset_name(dataset)
@@ -300,7 +300,8 @@ def check_settings(run_dir):
     one_of(settings, "lr_schedule", *SCHEDULES)
     if not os.path.exists(init_from):
         one_of(settings, "init_from", "scratch", "resume", *PRETRAINED, "a folder or a .pt file")
-    one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16")
+    one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16", "int8")
+    require(dtype != "int8" or eval_only, "--dtype=int8 cannot train, give --eval_only=True, too")
     one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     at_least(0, settings, *(name for name in settings if not isinstance(settings[name], str)))
     at_least(1, settings, "batch_size", "block_size", "vocab_multiple",
@@ -789,6 +790,10 @@ def steps_in(seconds, each_step, each_evaluation, evaluate_every):
 def choose_dtype(raw, saved, device):
     """The torch.dtype of products: of the setting; auto is a resumed run's own, or what does a
     block, forward and backward, the fastest."""
+    if dtype == "int8":
+        with stop_on_error(2), torch.no_grad():
+            use_product(raw, dtype)
+        return torch.float32  # of the rest
     rows = max(1, min(batch_size, 8192 // block_size))
     x = torch.randn(rows, block_size, raw.config.n_embd, generator=torch.Generator())
 

@@ -10,7 +10,8 @@
                                            nanoGPT's recipe for a CPU against ours for the same
                                            model: whole processes, exact val losses, three seeds
     python tests/benchmark.py sample PATH  writing text with 124M random weights, against nanoGPT (a
-                                           checkout at PATH) and transformers, where installed
+                                           checkout at PATH) and, where installed, transformers,
+                                           CTranslate2 and llama.cpp (llama-cpp-python and gguf)
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
                                            comprehension, GPT-2's tokens on all cores against
                                            tiktoken on one, and learning 4096 tokens from it
@@ -29,7 +30,9 @@ programs, the first names the machine. Let nothing else run meanwhile.
 
 import csv
 import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import platform
@@ -54,7 +57,7 @@ from model import (EOT, GPT, BPETokenizer, CharTokenizer, Dropout, GPTConfig,  #
                    cross_entropy, fused_attention, load_checkpoint, save_checkpoint)
 from prepare_shakespeare import learn_tokenizer, write_dataset  # noqa: E402
 from prepare_tinystories import read_stories  # noqa: E402
-from sample import set_dtype  # noqa: E402
+from sample import set_dtype, write_pretrained  # noqa: E402
 
 
 def race(label, candidates, rounds=15):
@@ -161,49 +164,120 @@ def load_peer(nanogpt):
     return peer
 
 
-def sample(nanogpt=""):
-    """Tokens per second, medians of interleaved turns, and the share of what reading the weights
-    once a token would allow."""
-    machine()
-    torch.manual_seed(0)
-    model = GPT(GPTConfig()).eval()
-    with torch.no_grad():
-        set_dtype(model, "auto", torch.device("cpu"), rows=1)
-    writers = {"ours": lambda idx, n: model.generate(idx, n, top_k=200)}
-    if nanogpt:
-        peer = load_peer(nanogpt)
-        nano = peer.GPT(peer.GPTConfig()).eval()
-        writers["nanoGPT"] = lambda idx, n: nano.generate(idx, n, top_k=200)
-    if importlib.util.find_spec("transformers"):
-        import transformers
-        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-        writers["transformers"] = lambda idx, n: gpt2.generate(
-            idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n,
-            do_sample=True, top_k=200, pad_token_id=0)
+WRITERS = {  # who writes text, what must be installed for it
+    "ours auto": (), "ours float32": (), "ours float16": (), "ours int8": (), "nanoGPT": (),
+    "transformers": ("transformers",),
+    "CTranslate2 float32": ("ctranslate2", "transformers"),
+    "CTranslate2 int8": ("ctranslate2", "transformers"),
+    "llama.cpp F32": ("llama_cpp", "gguf"), "llama.cpp F16": ("llama_cpp", "gguf"),
+    "llama.cpp BF16": ("llama_cpp", "gguf"), "llama.cpp Q8_0": ("llama_cpp", "gguf")}
 
-    size = sum(p.nbytes for p in model.parameters())
-    block, seconds = torch.ones(size // 4), []
+
+def writer(name, nanogpt, export):
+    """A function of a list of prompts' ids and a number of tokens, with the same 124M weights."""
+    who, _, kind = name.partition(" ")
+    if who == "ours":
+        model = load_checkpoint(export)["model"]
+        set_dtype(model, kind, torch.device("cpu"), rows=1)
+        return lambda rows, n: model.generate(torch.tensor(rows), n, top_k=200)
+    if who == "nanoGPT":
+        peer = load_peer(nanogpt)
+        model = peer.GPT(peer.GPTConfig()).eval()
+        return lambda rows, n: model.generate(torch.tensor(rows), n, top_k=200)
+    if who == "transformers":
+        import transformers
+        transformers.logging.set_verbosity_error()
+        model = transformers.GPT2LMHeadModel.from_pretrained(export).eval()
+        return lambda rows, n: model.generate(
+            torch.tensor(rows), attention_mask=torch.ones(len(rows), 16), do_sample=True, top_k=200,
+            max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
+    if who == "CTranslate2":
+        import ctranslate2
+        converter = ctranslate2.converters.TransformersConverter(export)
+        converter.convert(f"{export}/{kind}", quantization=kind)
+        model = ctranslate2.Generator(f"{export}/{kind}", intra_threads=torch.get_num_threads())
+        tokens = json.loads(Path(export, "tokenizer.json").read_text())["model"]["vocab"]
+        tokens = sorted(tokens, key=tokens.get)
+        return lambda rows, n: model.generate_batch(
+            [[tokens[i] for i in row] for row in rows], max_length=n, min_length=n,
+            sampling_topk=200, include_prompt_in_result=False)
+    import llama_cpp
+    write_gguf(f"{export}/{kind}.gguf", load_checkpoint(export)["model"], kind)
+    model = llama_cpp.Llama(f"{export}/{kind}.gguf", n_ctx=1024, verbose=False,
+                            n_threads=torch.get_num_threads())
+    return lambda rows, n: [*itertools.islice(
+        model.generate(rows[0], top_k=200, top_p=1.0, min_p=0.0), n)]
+
+
+def write_gguf(path, model, kind):
+    """A model of learned positions as llama.cpp reads it, without its tokenizer."""
+    import gguf
+    c, file = model.config, gguf.GGUFWriter(path, "gpt2")
+    for name, value in (("tokenizer_model", "no_vocab"), ("vocab_size", c.vocab_size),
+                        ("context_length", c.block_size), ("embedding_length", c.n_embd),
+                        ("feed_forward_length", 4 * c.n_embd), ("block_count", c.n_layer),
+                        ("head_count", c.n_head), ("layer_norm_eps", 1e-5)):
+        getattr(file, f"add_{name}")(value)
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm",
+             "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
+             "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    for name, w in model.state_dict().items():
+        layer, module, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.*)\.(\w+)", name).groups()
+        if module in names:  # lm_head is token_embd
+            kept = gguf.GGMLQuantizationType[kind if w.dim() == 2 and module != "wpe" else "F32"]
+            file.add_tensor((f"blk.{layer}." if layer else "") + f"{names[module]}.{part}",
+                            gguf.quants.quantize(w.numpy(), kept), raw_dtype=kept)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def serve(pipe, *which):
+    """Writes what it is asked for in a process of its own, where no other's threads spin."""
+    with torch.no_grad():
+        write = writer(*which)
+        while True:
+            task = pipe.recv()
+            began = time.perf_counter()
+            write(*task)
+            pipe.send(time.perf_counter() - began)
+
+
+def sample(nanogpt="", only=""):
+    """Tokens per second, medians of interleaved turns, and the time to read the weights once."""
+    machine()
+    block, seconds = torch.ones(124_439_808), []
     for _ in range(20):
         began = time.perf_counter()
         block.sum()
         seconds.append(time.perf_counter() - began)
     floor = statistics.median(seconds)
-    print(f"reading {size / 1e6:.0f} MB of weights takes {1000 * floor:.1f} ms")
-    for batch, tokens, turns in ((1, 200, 3), (8, 200, 2), (1, 1000, 1)):
-        idx, rates = torch.randint(50257, (batch, 16)), {name: [] for name in writers}
-        for write in writers.values():
-            write(idx, 5)
-        for _ in range(turns):
-            for name, write in writers.items():
-                began = time.perf_counter()
-                write(idx, tokens)
-                rates[name].append(batch * tokens / (time.perf_counter() - began))
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        record(f"{batch} x 16 + {tokens} tokens", tokens_per_s=medians, floor_ms=1000 * floor)
-        print(f"{batch} x 16 + {tokens} tokens".ljust(32) + "".join(
-            f"{name} {rate:7.1f} tok/s  x{medians['ours'] / rate:5.2f}   "
-            for name, rate in medians.items())
-            + f"{medians['ours'] / batch * floor:.0%} of the floor", flush=True)
+    print(f"reading {block.nbytes / 1e6:.0f} MB, the weights in float32, takes {1000 * floor:.1f} ms")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        write_pretrained(GPT(GPTConfig()), BPETokenizer({"kind": "gpt2"}), Path(folder))
+        pipes = {}
+        for name, packages in WRITERS.items():
+            if only in name and (nanogpt or name != "nanoGPT") and all(
+                    map(importlib.util.find_spec, packages)):
+                pipes[name], theirs = multiprocessing.Pipe()
+                multiprocessing.get_context("spawn").Process(
+                    target=serve, args=(theirs, name, nanogpt, folder), daemon=True).start()
+                pipes[name].send(([[0] * 16], 5))  # warms up
+                pipes[name].recv()
+        for batch, tokens, turns in ((1, 200, 5), (8, 200, 2), (1, 900, 1)):
+            rows, rates = torch.randint(50257, (batch, 16)).tolist(), {}
+            for _ in range(turns):
+                for name, pipe in pipes.items():
+                    if batch == 1 or "llama" not in name:  # which takes one
+                        pipe.send((rows, tokens))
+                        rates.setdefault(name, []).append(batch * tokens / pipe.recv())
+            medians = {name: statistics.median(values) for name, values in rates.items()}
+            record(f"{batch} x 16 + {tokens} tokens", tokens_per_s=medians, floor_ms=1000 * floor)
+            print(f"{batch} x 16 + {tokens} tokens")
+            for name, rate in medians.items():
+                print(f"{name:>20}{rate:9.1f} tok/s  x{medians['ours auto'] / rate:5.2f}", flush=True)
 
 
 def encode(path):

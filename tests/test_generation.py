@@ -60,17 +60,7 @@ def test_a_prompt_is_read_at_once_and_each_token_after_it_alone(first, monkeypat
 
 def test_the_cache_is_as_wide_as_the_weights():
     model = lively().bfloat16()
-    assert KVCache(model.config, 2, model.wte.weight).layers[0].dtype == torch.bfloat16
-
-
-def test_one_row_of_bfloat16_is_the_same_product():
-    linear = lively().bfloat16().h[0].mlp.c_fc
-    linear.by_mv = True
-    torch.nn.init.normal_(linear.bias)
-    x = torch.randn(3, 1, 32, dtype=torch.bfloat16)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.stack([linear(row) for row in x]), linear(x),
-                                   rtol=0.016, atol=0.004)
+    assert KVCache(model.config, 2, model.wpe.weight).layers[0].dtype == torch.bfloat16
 
 
 # ---- filters ----

@@ -2,6 +2,7 @@
 
 import io
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--min_p=1.0"], 2, ["--min_p must be from 0"]),
     (["--repetition_penalty=0.0"], 2, ["--repetition_penalty must be above 0"]),
     ([f"--seed={2 ** 63}"], 2, ["--seed must be below"]),
-    (["--dtype=int8"], 2, ["--dtype must be auto"]),
+    (["--dtype=int4"], 2, ["--dtype must be auto"]),
     (["--compile=maybe"], 2, ["--compile must be auto, true or false"]),
     (["--attention=x.png", "--num_samples=2"], 2, ["--attention shows one text, without"]),
     (["--attention=x.txt"], 2, ["--attention must be a file like maps.png, .svg or .pdf"]),
@@ -182,27 +183,63 @@ def test_where_torch_compile_fails_the_text_comes_and_a_sentence_says_so(sample,
     assert "torch.compile does not work here (RuntimeError), going on without it" in result.err
 
 
-@pytest.mark.parametrize("dtype, rows, names", [
-    ("auto", 1, ["float32", "bfloat16", "bfloat16 by mv"]), ("auto", 3, ["float32", "bfloat16"]),
-    ("bfloat16", 1, ["bfloat16", "bfloat16 by mv"]), ("float32", 1, None)])
-def test_a_large_model_is_timed_in_what_the_setting_allows(monkeypatch, dtype, rows, names):
+@pytest.mark.parametrize("fastest", ["float32", "float16", "bfloat16"])
+def test_auto_times_the_products_of_a_large_model(monkeypatch, fastest):
     import sample as script
     timed = []
-    monkeypatch.setattr(script, "fastest", lambda trials: timed.append(
-        [name for name in trials if trials[name]()]) or [*trials][-1])
-    large = GPT(GPTConfig(8, 65, 4, 4, 256)).eval()
-    script.set_dtype(large, dtype, torch.device("cpu"), rows)
-    assert timed == ([names] if names else [])
-    last = names[-1] if names else dtype
-    assert large.wte.weight.dtype == getattr(torch, last.split()[0])
-    assert large.h[0].mlp.c_fc.by_mv == last.endswith("by mv")
+    monkeypatch.setattr(script, "fastest", lambda trials: timed.extend(
+        name for name in trials if trials[name]()) or fastest)
+    large, small = (GPT(GPTConfig(8, 65, 4, 4, width)).eval() for width in (256, 64))
+    for model_, rows in ((large, 3), (small, 1)):
+        script.set_dtype(model_, "auto", torch.device("cpu"), rows)
+    assert timed == ["float32", "float16", "bfloat16"] and small.wte.weight.dtype == torch.float32
+    assert large.wte.weight.dtype == getattr(torch, fastest)
+    assert large.wpe.weight.dtype == (torch.bfloat16 if fastest == "bfloat16" else torch.float32)
 
 
-def test_the_type_of_the_weights_is_a_choice_and_float16_is_for_gpus(sample, monkeypatch):
+@pytest.mark.parametrize("dtype, largest", [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 0.1)])
+@pytest.mark.parametrize("changes", [{}, {"bias": False, "tied": False}])
+def test_a_product_is_that_of_the_rounded_weights(dtype, largest, changes):
+    """The oracle is float32's model with these weights; int8 also rounds what they multiply."""
+    torch.manual_seed(1)
+    exact = GPT(GPTConfig(32, 65, 2, 4, 128, **changes)).eval()
+    for p in exact.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.1)
+    rounded, packed = deepcopy(exact), deepcopy(exact)
+    with torch.no_grad():
+        model.use_product(packed, dtype)
+        for name, w in rounded.named_parameters():
+            if dtype == "int8" and w.dim() == 2 and name != "wpe.weight":
+                scale = w.abs().amax(dim=1, keepdim=True) / 127
+                w.copy_((w / scale).round() * scale)
+            elif dtype == "bfloat16" or dtype == "float16" and w.dim() == 2 and name != "wpe.weight":
+                w.copy_(w.to(getattr(torch, dtype)))
+        x = torch.randint(65, (3, 32))
+        expected = rounded(x)[0]
+        assert (packed(x)[0].float() - expected).norm() < largest * expected.norm()
+        torch.testing.assert_close(packed.wte(x).float(), rounded.wte(x), rtol=1e-6, atol=1e-6)
+        assert not any(type(m) is torch.nn.Linear for m in packed.modules()) or dtype == "bfloat16"
+
+
+def test_the_type_of_the_weights_is_a_choice(sample, monkeypatch):
     kinds = []
     stream = model.stream
     monkeypatch.setattr("model.stream", lambda model, *args, **options: kinds.append(
-        model.wte.weight.dtype) or stream(model, *args, **options))
-    for dtype in ("auto", "bfloat16", "float16"):
-        assert sample(f"--dtype={dtype}").status == 0
-    assert kinds == [torch.float32, torch.bfloat16, torch.float32]
+        (model.wpe.weight.dtype, type(model.lm_head).__name__)) or stream(model, *args, **options))
+    texts = [sample(f"--dtype={dtype}", "--num_samples=2").out
+             for dtype in ("auto", "float32", "bfloat16", "float16", "int8")]
+    assert kinds == [(torch.float32, "Linear"), (torch.float32, "Linear"), (torch.bfloat16, "Linear"),
+                     (torch.float32, "Float16Linear"), (torch.float32, "Int8Linear")]
+    assert texts[0] == texts[1] and all(len(text) > 40 for text in texts)
+    assert sample("--dtype=int8", "--num_beams=2").status == 0
+
+
+def test_int8_is_evaluated_but_not_trained_nor_on_a_gpu(run, train):
+    train()
+    given = ["--device=cpu", "--init_from=resume", "--out_dir=out/tiny", "--eval_only=True", "--plot=False"]
+    losses = [float(train(f"--dtype={dtype}", *given).out.split("\n    val")[1].split()[1])
+              for dtype in ("float32", "int8")]
+    assert losses[1] != losses[0] == pytest.approx(losses[1], rel=0.01)
+    one_sentence(train("--dtype=int8", "--out_dir=out/x"), 2, "--dtype=int8 cannot train")
+    with pytest.raises(ValueError, match="--dtype=int8 is for --device=cpu"):
+        model.use_product(GPT(GPTConfig(8, 65, 1, 4, 64)).to("meta"), "int8")
