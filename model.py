@@ -806,6 +806,8 @@ def compiled(wanted, device, attempt):
     if wanted == "true" or wanted == "auto" and device.type == "cuda":
         try:
             return attempt()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what torch.compile's errors have in common
             print(f"torch.compile does not work here ({type(error).__name__}), going on "
                   f"without it", file=sys.stderr)

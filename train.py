@@ -205,11 +205,17 @@ def main(cleanup):
     if first == 0:
         log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, floor)
         each_evaluation = time.time() - began
+    intervals = log_interval or 10, evaluate_every, save_interval, sample_interval, snapshot_interval
+    last_sync, clock = first, time.time()
     stepping = 0.0  # seconds, in steps alone
 
     for step in itertools.count(first) if steps > first else ():
         # ---- one step ----
-        step_began, lr = time.time(), learning_rate_at(step, steps)
+        done, lr = step + 1, learning_rate_at(step, steps)
+        # A GPU works on behind Python until a number is read from it: only where one is needed.
+        sync = (device.type == "cpu" or scaler.is_enabled() or done >= steps
+                or any(every(interval, done) for interval in intervals)
+                or world_size == 1 and signals)
         loss = torch.zeros((), device=device)
         spans = [row_spans(data["train"], step, i) for i in range(gradient_accumulation_steps)]
         targets = [sum(last - first for first, last in part) for part in spans]
@@ -228,28 +234,34 @@ def main(cleanup):
         # Undo float16's scale, then clip: scale the gradients down to a norm of grad_clip.
         for opt in optimizers:
             scaler.unscale_(opt)
-        by_layer = norms_by_layer(raw) if log_grad_norms and every(log_interval, step + 1) else {}
+        by_layer = norms_by_layer(raw) if log_grad_norms and every(log_interval, done) else {}
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        grad_norm = total.item()
+        grad_norm = total.item() if sync else math.inf  # unknown: clips, by 1 where it is small
         if 0 < grad_clip < grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, total)
-        # What all processes must know of each: the loss, and who has received which signal.
-        loss, *stops = summed(device, loss.item(), *(number in signals for number in SIGNALS))
-        require_finite(step + 1, loss=loss, gradient=0.0 if scaler.is_enabled() else grad_norm)
+        overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
 
         # Update; but where float16 gradients overflow no optimizer steps, and the scale sinks.
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
-            if math.isfinite(grad_norm):
+            if not overflow:
                 opt.step()
             opt.zero_grad()
         scaler.update()
-        progress["skipped"] += not math.isfinite(grad_norm)
+        progress["skipped"] += overflow
+        if profiler:
+            profiler.step()
+        if not sync:
+            continue
 
         # ---- what follows only looks, and saves ----
-        done, now = step + 1, time.time()
-        stepping += now - step_began
+        # What all processes must know of each: the loss, and who has received which signal.
+        loss, *stops = summed(device, loss.item(), *(number in signals for number in SIGNALS))
+        require_finite(done, loss=loss, gradient=0.0 if overflow else grad_norm)
+        now = time.time()
+        each = (now - clock) / (done - last_sync)  # seconds
+        stepping += now - clock
         if max_minutes and not progress["steps"]:
             late, fit = summed(device, now - began > 6 * max_minutes, done + steps_in(
                 60 * max_minutes - (now - began), stepping / (done - first), each_evaluation,
@@ -257,7 +269,7 @@ def main(cleanup):
             if late:  # a tenth of the time has gone: what fits into the rest decides the schedule
                 steps = progress["steps"] = round(fit / world_size)
         row = {"step": done, "loss": loss, "lr": lr, "norm": grad_norm,
-               "ms": 1000 * (now - step_began), "tok/s": rows * block_size / (now - step_began),
+               "ms": 1000 * each, "tok/s": rows * block_size / each,
                "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints that are due
         if every(evaluate_every, done) or done >= steps:
@@ -284,10 +296,11 @@ def main(cleanup):
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
                                 progress=progress, checksums=checksums, dtype=str(amp)[6:],
                                 states=[part.state_dict() for part in stateful])
-        if profiler:
-            (profiler.stop if leaving else profiler.step)()
         if leaving:
             break
+        last_sync, clock = done, time.time()
+    if profiler:
+        profiler.stop()
 
     print_summary(progress, rows, meta["splits"]["val"], run_dir, raw, device)
     if stopped_by:
@@ -399,7 +412,10 @@ def read_rows(rows, spans, device):
     places = first + np.arange(block_size + 1)               # (B, T + 1)
     ids = rows.tokens[np.minimum(places, last)].astype(np.int64)
     x, y = ids[:, :-1], np.where(places > last, -1, ids)[:, 1:]
-    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+    pair = torch.from_numpy(x), torch.from_numpy(y)
+    if torch.device(device).type == "cuda":  # out of pinned memory while Python goes on
+        return [ids.pin_memory().to(device, non_blocking=True) for ids in pair]
+    return [ids.to(device) for ids in pair]
 
 def random_seed(purpose, *indices):
     """64 random bits that follow from (seed, purpose, indices) alone, never from history."""
@@ -497,6 +513,8 @@ def orthogonal(g):
     if g.shape[1] > g.shape[2]:
         return orthogonal(g.mT).mT  # the products below are then smaller
     X = g.bfloat16()
+    if g.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        X = F.normalize(g.flatten(1)).view_as(g).half()  # which has no room for small numbers
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
@@ -665,8 +683,9 @@ def write_sample(raw, tokenizer, ids, step, path):
         print(f"---- step {step} ----\n{text}", file=file)
     print(f"---- a sample at step {step} ----\n{text}\n----")
 
-# Operations per second that a GPU states for bfloat16 (T4: float16), without sparsity.
-PEAKS = {"T4": 65e12, "A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
+# Operations per second that a GPU states for bfloat16 (T4, V100: float16), without sparsity.
+PEAKS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "A100": 312e12, "H100 PCIe": 756e12,
+         "H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12}
 
 def print_summary(progress, rows, counts, run_dir, raw, device):
     """The last lines of a run: its best loss, its speed, its share of the GPU's peak (MFU)."""
@@ -674,7 +693,8 @@ def print_summary(progress, rows, counts, run_dir, raw, device):
     speed = done * rows * block_size / max(seconds, 1e-9)  # tokens/s
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     flops = raw.flops_per_token() * speed / world_size
-    mfu = next((f"{flops / peak:.1%}" for name, peak in PEAKS.items() if name in gpu), "n/a")
+    mfu = next((f"{flops / peak:.1%}" for name, peak in PEAKS.items()
+                if re.search(rf"\b{name}\b", gpu)), "n/a")
     if 0 < patience <= progress["stale"]:
         print(f"stopped after {progress['stale']} evaluations without a better val loss")
     if progress["best_step"]:
@@ -733,7 +753,8 @@ def join_processes(device):
     if world_size == 1:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, there = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        require(device.index < there, f"this machine has {there} GPUs, start as many processes")
         torch.cuda.set_device(device)
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -885,7 +906,9 @@ def start_profiler(run_dir, device):
         path = run_dir / "trace.json.gz"
         profiler.export_chrome_trace(f"{path}.tmp.gz")  # by this name it is compressed
         os.replace(f"{path}.tmp.gz", path)
-        print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=15))
+        rows = profiler.key_averages()  # of operations: a GPU's kernels would be counted twice
+        rows[:] = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
+        print(rows.table(sort_by=f"self_{device.type}_time_total", row_limit=15))
     if profile and rank == 0:
         profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),

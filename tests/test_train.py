@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, one_sentence
+from conftest import REPO, TINY, one_sentence
 
 import model
 import train as script
@@ -290,7 +290,7 @@ def test_mfu_is_held_against_the_gpu_by_name(monkeypatch, capsys):
                 "best_step": 0}
     monkeypatch.setattr(script, "peak_memory", lambda target: 0)
     for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12,
-                       "Some GPU": 0}.items():
+                       "NVIDIA L4": 121e12, "NVIDIA L40S": 0, "Some GPU": 0}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda target, name=name: name)
         script.print_summary(progress, 10 ** 6, {}, Path(), raw, torch.device("cuda"))
         share = peak and raw.flops_per_token() * 10 ** 7 * script.block_size / 2 / peak
@@ -689,3 +689,43 @@ def test_auto_is_what_is_faster_here_and_stays_with_the_run(train, monkeypatch):
         assert f" on cpu in {name}: " in again.out and "time here" not in again.err
         assert "time here" not in train("--dtype=auto", "--init_from=resume", "--eval_only=True",
                                         "--max_iters=7", "--lr_decay_iters=6").err
+
+
+def test_a_device_that_is_rarely_read_from_trains_the_same(run, train, monkeypatch):
+    """The loop of a GPU, on a CPU: numbers are read in every third step alone."""
+    given = ["--log_interval=3", "--eval_interval=6", "--max_iters=12", "--grad_clip=0.3"]
+    every_step = train(*given)
+    expected = torch.load("out/tiny/last.pt", weights_only=True)
+    code = (REPO / "train.py").read_text().replace('device.type == "cpu" or scaler', "scaler")
+    Path("train.py").write_text(code)
+    synced = []
+    real = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr("torch.nn.utils.clip_grads_with_norm_",
+                        lambda *arguments: synced.append(0) or real(*arguments))
+    monkeypatch.setattr("conftest.REPO", Path())
+    rarely = train(*given)
+    assert len(synced) >= 8  # unread, a norm is clipped, by 1 where it is small
+
+    def figures(result):  # without ms, tokens/s and seconds
+        return [line[:53] for line in result.out.splitlines() if re.match(r" +\d+ ", line)]
+
+    assert len(figures(rarely)) == 5 and figures(rarely) == figures(every_step)
+    torch.testing.assert_close(torch.load("out/tiny/last.pt", weights_only=True)["model"],
+                               expected["model"], rtol=0, atol=0)
+    one_sentence(train(*given, "--learning_rate=1e30", "--grad_clip=0.0", "--warmup_iters=0"), 1,
+                 "step 3: loss is nan")
+
+
+def test_more_processes_than_gpus_and_too_little_memory_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(script, "world_size", 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as stop:
+        script.join_processes(torch.device("cuda"))
+    assert stop.value.code == 2 and "has 2 GPUs, start as many" in capsys.readouterr().err
+
+    def attempt():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # torch.compile works: going on would not help
+        model.compiled("true", torch.device("cpu"), attempt)
