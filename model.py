@@ -914,14 +914,15 @@ class Dropout(nn.Dropout):
 def cross_entropy(logits, targets, smoothing=0.0):
     """The mean of -log softmax(logits)[target] in nats, float, over the targets (N,) that are
     not -1; logits (N, V)."""
-    if (logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and not smoothing
+    large = logits.numel() > 2 ** 18 and logits.dtype in (torch.float32, torch.bfloat16)
+    if (large and logits.device.type == "cpu" and not smoothing
             and not torch.compiler.is_compiling()):
         return SlicedCrossEntropy.apply(logits, targets)
     return F.cross_entropy(logits.float(), targets, ignore_index=-1, label_smoothing=smoothing)
 
 class SlicedCrossEntropy(torch.autograd.Function):
-    """cross_entropy() and its gradient at once, in slices that stay in a CPU's cache: half of
-    torch's time, and 0.4 GB less for 1024 of GPT-2's tokens."""
+    """cross_entropy() and its gradient at once, in slices that stay in a CPU's cache: a third to
+    two thirds of torch's time, and 0.4 GB less for 1024 of GPT-2's tokens."""
     @staticmethod
     def forward(ctx, logits, targets):
         rows = max(1, 2 ** 19 // logits.shape[1])            # 2 MB of floats
@@ -929,7 +930,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
         columns = targets.clamp(min=0)[:, None], weights[:, None]
         loss, gradient = torch.zeros(()), torch.empty_like(logits)
         for part, y, w, d_part in zip(*(t.split(rows) for t in (logits, *columns, gradient))):
-            x = part.float()
+            x = part.to(torch.float32, copy=True)
             largest = x.amax(dim=1, keepdim=True)
             x.sub_(largest).exp_()                           # softmax is this over its sum
             total = x.sum(dim=1, keepdim=True)

@@ -205,7 +205,8 @@ def main(cleanup):
     if first == 0:
         log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, floor)
         each_evaluation = time.time() - began
-    intervals = log_interval or 10, evaluate_every, save_interval, sample_interval, snapshot_interval
+    intervals = (log_interval or 10, evaluate_every, save_interval, sample_interval,
+                 snapshot_interval)
     last_sync, clock = first, time.time()
     stepping = 0.0  # seconds, in steps alone
 
@@ -753,8 +754,9 @@ def join_processes(device):
     if world_size == 1:
         return device
     if device.type == "cuda":
-        device, there = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
-        require(device.index < there, f"this machine has {there} GPUs, start as many processes")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        require(device.index < torch.cuda.device_count(),
+                f"this machine has {torch.cuda.device_count()} GPUs, start as many processes")
         torch.cuda.set_device(device)
     if rank:
         sys.stdout = open(os.devnull, "w")
