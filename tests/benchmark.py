@@ -175,7 +175,7 @@ WRITERS = {  # who writes text, what must be installed for it
 
 
 def writer(name, nanogpt, export):
-    """A function of a list of prompts' ids and a number of tokens, with the same 124M weights."""
+    """A function of a list of prompts' ids and a number of tokens, with 124M random weights."""
     who, _, kind = name.partition(" ")
     if who == "ours":
         model = load_checkpoint(export)["model"]
@@ -219,9 +219,9 @@ def write_gguf(path, model, kind):
                         ("feed_forward_length", 4 * c.n_embd), ("block_count", c.n_layer),
                         ("head_count", c.n_head), ("layer_norm_eps", 1e-5)):
         getattr(file, f"add_{name}")(value)
-    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm",
-             "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
-             "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm",
+             "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+             "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     for name, w in model.state_dict().items():
         layer, module, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.*)\.(\w+)", name).groups()
         if module in names:  # lm_head is token_embd
@@ -254,7 +254,7 @@ def sample(nanogpt="", only=""):
         block.sum()
         seconds.append(time.perf_counter() - began)
     floor = statistics.median(seconds)
-    print(f"reading {block.nbytes / 1e6:.0f} MB, the weights in float32, takes {1000 * floor:.1f} ms")
+    print(f"reading the {block.nbytes / 1e6:.0f} MB of float32 takes {1000 * floor:.1f} ms")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         write_pretrained(GPT(GPTConfig()), BPETokenizer({"kind": "gpt2"}), Path(folder))
@@ -277,8 +277,9 @@ def sample(nanogpt="", only=""):
             medians = {name: statistics.median(values) for name, values in rates.items()}
             record(f"{batch} x 16 + {tokens} tokens", tokens_per_s=medians, floor_ms=1000 * floor)
             print(f"{batch} x 16 + {tokens} tokens")
+            first = next(iter(medians.values()))
             for name, rate in medians.items():
-                print(f"{name:>20}{rate:9.1f} tok/s  x{medians['ours auto'] / rate:5.2f}", flush=True)
+                print(f"{name:>20}{rate:9.1f} tok/s  x{first / rate:5.2f}", flush=True)
 
 
 def encode(path):

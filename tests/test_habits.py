@@ -387,7 +387,8 @@ def test_without_a_prompt_text_begins_with_what_the_vocabulary_has(run, start):
 @pytest.mark.parametrize("options", [
     {"temperature": 1e-38}, {"temperature": 5e-324}, {"temperature": 1e38},
     {"repetition_penalty": 1e-38}, {"repetition_penalty": 1e38}, {"repetition_penalty": 5e-324},
-    {"top_p": 1e-46}, {"top_p": 1e-300, "temperature": 0.5}, {"temperature": 1e-30, "top_p": 0.9}, {"temperature": 1e-38, "min_p": 0.5, "top_k": 3}])
+    {"top_p": 1e-46}, {"top_p": 1e-300, "temperature": 0.5}, {"temperature": 1e-30, "top_p": 0.9},
+    {"temperature": 1e-38, "min_p": 0.5, "top_k": 3}])
 def test_any_temperature_and_penalty_give_ids_of_the_vocabulary(options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 65, 1, 2, 32)).eval()

@@ -209,10 +209,11 @@ def test_a_product_is_that_of_the_rounded_weights(dtype, largest, changes):
     with torch.no_grad():
         model.use_product(packed, dtype)
         for name, w in rounded.named_parameters():
-            if dtype == "int8" and w.dim() == 2 and name != "wpe.weight":
+            matrix = w.dim() == 2 and name != "wpe.weight"
+            if dtype == "int8" and matrix:
                 scale = w.abs().amax(dim=1, keepdim=True) / 127
                 w.copy_((w / scale).round() * scale)
-            elif dtype == "bfloat16" or dtype == "float16" and w.dim() == 2 and name != "wpe.weight":
+            elif dtype == "bfloat16" or dtype == "float16" and matrix:
                 w.copy_(w.to(getattr(torch, dtype)))
         x = torch.randint(65, (3, 32))
         expected = rounded(x)[0]
@@ -228,15 +229,16 @@ def test_the_type_of_the_weights_is_a_choice(sample, monkeypatch):
         (model.wpe.weight.dtype, type(model.lm_head).__name__)) or stream(model, *args, **options))
     texts = [sample(f"--dtype={dtype}", "--num_samples=2").out
              for dtype in ("auto", "float32", "bfloat16", "float16", "int8")]
-    assert kinds == [(torch.float32, "Linear"), (torch.float32, "Linear"), (torch.bfloat16, "Linear"),
-                     (torch.float32, "Float16Linear"), (torch.float32, "Int8Linear")]
+    assert kinds == [(torch.float32, "Linear"), (torch.float32, "Linear"),
+                     (torch.bfloat16, "Linear"), (torch.float32, "Float16Linear"),
+                     (torch.float32, "Int8Linear")]
     assert texts[0] == texts[1] and all(len(text) > 40 for text in texts)
     assert sample("--dtype=int8", "--num_beams=2").status == 0
 
 
 def test_int8_is_evaluated_but_not_trained_nor_on_a_gpu(run, train):
     train()
-    given = ["--device=cpu", "--init_from=resume", "--out_dir=out/tiny", "--eval_only=True", "--plot=False"]
+    given = ["--init_from=resume", "--eval_only=True"]
     losses = [float(train(f"--dtype={dtype}", *given).out.split("\n    val")[1].split()[1])
               for dtype in ("float32", "int8")]
     assert losses[1] != losses[0] == pytest.approx(losses[1], rel=0.01)
