@@ -75,17 +75,21 @@ def gelu(x):
     """GPT-2's form of x Phi(x), Phi the normal distribution's (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
-def attention_weights(q, k):
+def causal_mask(q, k):
+    """(T, S): 0 where one of T tokens, the last of S, may look, else -inf: e^-inf = 0."""
+    T, S = q.shape[2], k.shape[2]
+    return q.new_full((T, S), -math.inf).triu(S - T + 1)
+
+def attention_weights(q, k, mask=None):
     """softmax(Q K^T / sqrt(D) + mask): how much each of T tokens, the last of S, looks at each
     of S (Vaswani et al. 2017). (B, H, T, D) and (B, H, S, D) -> (B, H, T, S)."""
-    T, D, S = *q.shape[2:], k.shape[2]
-    mask = q.new_full((T, S), -math.inf).triu(S - T + 1)     # later tokens weigh e^-inf = 0
-    return (q @ k.mT / math.sqrt(D) + mask).softmax(dim=-1)  # sqrt(D): to variance 1
+    mask = causal_mask(q, k) if mask is None else mask
+    return (q @ k.mT / math.sqrt(q.shape[3]) + mask).softmax(dim=-1)  # sqrt(D): to variance 1
 
-def attention(q, k, v, dropout=nn.Identity()):
+def attention(q, k, v, dropout=nn.Identity(), mask=None):
     """softmax(Q K^T / sqrt(D) + mask) V: for each token a mean of the values, by its weights.
     (B, H, T, D) and twice (B, H, S, D) -> (B, H, T, D)."""
-    return dropout(attention_weights(q, k)) @ v
+    return dropout(attention_weights(q, k, mask)) @ v
 
 def sinusoids(T, C):
     """The (T, C) positions of Vaswani et al. 2017, section 3.5: sin(t / 10000^(i / C)) in the
@@ -135,12 +139,13 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, H, T, D) each
 
         # When text is written, the cache holds the keys and values of earlier tokens.
+        mask = None                                          # but the causal one
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)            # (B, H, S, D)
+            k, v, mask = cache.append(self.layer, k, v)      # (B, H, S, D)
         if maps is not None:
             maps.append(attention_weights(q, k))             # (B, H, T, S), for a picture
 
-        y = self.attention(q, k, v, self.attn_dropout)       # (B, H, T, D)
+        y = self.attention(q, k, v, self.attn_dropout, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)               # the heads side by side again
         return self.resid_dropout(self.c_proj(y))            # c_proj mixes them
 
@@ -197,11 +202,16 @@ class GPT(nn.Module):
     def forward(self, ids, targets=None):
         """(B, T) ids -> logits (B, T, V) and, with targets (B, T), the mean loss in nats per
         token. A target of -1 does not count."""
-        logits = self.lm_head(self.hidden(ids))              # (B, T, V): scores of each next token
-        if targets is None:
-            return logits, None
+        states = self.hidden(ids)
+        return (self.lm_head(states), None) if targets is None else self.score(states, targets)
+
+    def score(self, states, targets):
+        """states (B, T, C) of hidden(), targets (B, T) -> logits (B, T, V), mean loss."""
+        logits = self.lm_head(states)                        # how likely each next token is
         smoothing = self.config.label_smoothing * self.training  # 0 in evaluation
-        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten(), smoothing)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), smoothing)
+        # Compiled, it would take a gradient of logits that it returns, gigabytes of zeros.
+        return logits.detach() if torch.compiler.is_compiling() else logits, loss
 
     def hidden(self, ids, cache=None, maps=None):
         """(B, T) ids -> (B, T, C), what lm_head reads. With a cache, ids follow the tokens in
@@ -214,7 +224,8 @@ class GPT(nn.Module):
         x = self.wte(ids)                                    # (B, T, C): what each token is
         if self.config.scale_embedding:                      # else wpe would drown it
             x = x * math.sqrt(self.config.n_embd)
-        x = x + self.wpe.weight[past:past + T]               # and where it stands
+        places = torch.arange(T, device=ids.device) if cache is None else cache.places(T)
+        x = x + self.wpe(places)                             # and where it stands
         x = self.drop(x)
         layerdrop = self.config.layerdrop * self.training
         for block in self.h:
@@ -268,14 +279,20 @@ class KVCache:
         self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
         self.length = 0  # tokens in it; GPT.hidden() adds those all layers have got
         self.first = 0   # where in the text the first of them stands
+        self.graph = None  # what reads one more on a GPU
+
+    def places(self, T):
+        """(T,): where in the context the next T tokens go."""
+        return torch.arange(self.length, self.length + T, device=self.layers[0].device)
 
     def append(self, layer, k, v):
-        """Stores a layer's new k and v, (B, H, T, D). Returns all, (B, H, S, D) each."""
+        """Stores a layer's new k and v, (B, H, T, D). Returns all, (B, H, S, D) each, and a
+        mask that stands in for the causal one, or None."""
         keys, values = self.layers[layer]
         end = self.length + k.shape[2]
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:, :, :end], values[:, :, :end], None
 
 @torch.inference_mode()
 def next_logits(model, ids, cache, read_token=None):
@@ -288,11 +305,15 @@ def next_logits(model, ids, cache, read_token=None):
         kept = max(1, block_size // 2) if cache.length else block_size
         cache.first, cache.length = T - kept, 0
     new = ids[:, cache.first + cache.length:]
-    read = read_token if read_token and new.shape[1] == 1 else model.hidden
+    read = model.hidden
+    if new.shape[1] == 1:
+        read = token_reader(read_token or read, new, cache)
     states = read(new, cache)                                # (B, T, C)
-    logits = model.lm_head(states[:, -1]).float()
+    return model.lm_head(states[:, -1]).float()
+
+def check_finite(logits):
+    """Raises ValueError where they overflowed."""
     check(logits.amax().isfinite(), "the model's logits are not finite, try --dtype=float32")
-    return logits
 
 @torch.no_grad()
 def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=None,
@@ -303,8 +324,9 @@ def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=Non
     cache = KVCache(model.config, len(ids), model.wpe.weight)
     ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
-        logits = next_logits(model, ids, cache, read_token)[:, :vocab_size]
-        new = sample_ids(filter_logits(logits, ids, **filters), generators)
+        logits = next_logits(model, ids, cache, read_token)
+        new = sample_ids(filter_logits(logits[:, :vocab_size], ids, **filters), generators)
+        check_finite(logits)  # which waits for a GPU, and so comes when it has all its work
         if eot is not None:
             new = new.masked_fill(ended, eot)
             ended |= new == eot
@@ -376,6 +398,8 @@ def reading(path, remedy=""):
     """Turns whatever a wrong file causes inside into a ValueError of one sentence."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, FileNotFoundError, LookupError, TypeError, RuntimeError,
             ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -441,6 +465,8 @@ def build(config, weights, spec, **changes):
     check(changes.get("block_size", 0) <= config.block_size,
           f"its context is {config.block_size} tokens, give no larger --block_size")
     check(config.n_layer <= len(weights), "it has fewer weights than layers")
+    check(all(w.nbytes <= w.untyped_storage().nbytes() for w in weights.values()),
+          "it holds fewer numbers than its weights have")
     tokenizer = tokenizer_from(spec)
     check(tokenizer.vocab_size <= config.vocab_size, f"it has {config.vocab_size:,} tokens, "
           f"its tokenizer, {spec['kind']}, has {tokenizer.vocab_size:,}")
@@ -800,17 +826,15 @@ def fastest(trials, seconds=0.4):
     print(f"{best}: {took} of {first}'s time here", file=sys.stderr)
     return best
 
-def compiled(wanted, device, attempt):
-    """The result of attempt(), which compiles and runs, where wanted: true, or auto on CUDA.
-    None where it is not, or does not work."""
-    if wanted == "true" or wanted == "auto" and device.type == "cuda":
-        try:
-            return attempt()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what torch.compile's errors have in common
-            print(f"torch.compile does not work here ({type(error).__name__}), going on "
-                  f"without it", file=sys.stderr)
+def tried(what, attempt):
+    """The result of attempt(), which makes something faster; None where it does not work."""
+    try:
+        return attempt()
+    except torch.OutOfMemoryError:
+        raise  # it would not work without, either
+    except RuntimeError as error:  # what torch.compile's errors have in common, and CUDA's
+        print(f"{what} does not work here ({type(error).__name__}), going on without it",
+              file=sys.stderr)
 
 def show_progress(text):
     """Replaces the text shown before, where stderr is a terminal; "" clears it."""
@@ -880,16 +904,16 @@ def sha256_of(path):
 
 # ---- the same on a CPU, faster: each figure here is one of tests/benchmark.py ----
 
-def fused_attention(q, k, v, dropout):
+def fused_attention(q, k, v, dropout, mask=None):
     """attention() by a kernel that never holds the (T, S) weights (Dao et al. 2022). Where that
     is slow, on a CPU, or wrong, for 1 < T < S, one product of all heads adds the mask itself."""
     B, H, T, D = q.shape
     S, p = k.shape[2], dropout.p * dropout.training
     slow = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16 and S <= 512)
-    if T == 1 or T == S and not slow:  # is_causal takes the queries for the first T of S
+    if mask is None and (T == 1 or T == S and not slow):  # is_causal: the T are the first of S
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
+    mask = causal_mask(q, k) if mask is None else mask
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
-    mask = q.new_full((T, S), -math.inf).triu(S - T + 1)
     weights = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(dim=-1)
     return (dropout(weights) @ v).view(B, H, T, D)
 
@@ -944,6 +968,68 @@ class SlicedCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss):
         gradient, = ctx.saved_tensors
         return gradient.mul_(d_loss), None
+
+# ---- on a GPU: all kernels at once, which Python launches slower than they run ----
+
+class CudaGraph:
+    """A function of tensors of fixed shapes on a GPU, recorded once and then replayed: it reads
+    and writes the same memory again, returns the same tensors, and runs no Python."""
+    def __init__(self, function, *inputs):
+        self.inputs = [x.clone() for x in inputs]
+        with torch.cuda.stream(torch.cuda.Stream()):  # what libraries do but once goes before
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            for _ in range(3):
+                function(*self.inputs)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for mine, new in zip(self.inputs, inputs):
+            mine.copy_(new, non_blocking=True) if torch.is_tensor(new) else mine.fill_(new)
+        self.graph.replay()
+        return self.output
+
+def token_reader(hidden, ids, cache):
+    """What reads one token of each row: hidden, on a GPU as a graph that stays with the cache."""
+    if ids.is_cuda and cache.graph is None:
+        cache.graph = tried("a CUDA graph", lambda: TokenGraph(hidden, ids, cache)) or hidden
+    return cache.graph or hidden
+
+class TokenGraph:
+    """hidden() of one token of each row, (B, 1) and a KVCache -> (B, 1, C), as a CudaGraph."""
+    def __init__(self, hidden, ids, cache):
+        fixed, place = FixedCache(cache), torch.tensor([cache.length], device=ids.device)
+        self.graph = CudaGraph(lambda ids, place: hidden(ids, fixed.at(place)), ids, place)
+
+    def __call__(self, ids, cache):
+        states = self.graph(ids, cache.length)
+        cache.length += 1
+        return states
+
+class FixedCache(KVCache):
+    """The same memory as a KVCache's, in shapes that never change: a tensor says where the next
+    token goes, and what lies behind it is masked."""
+    def __init__(self, cache):
+        self.layers = cache.layers
+        for kv in self.layers:
+            kv[:, :, :, cache.length:] = 0  # masked, but what is not finite would get through
+
+    def at(self, place):
+        """This cache, whose next token goes to place (1,)."""
+        kv = self.layers[0]
+        behind = torch.arange(kv.shape[3], device=kv.device) > place
+        self.mask = kv.new_zeros(1, kv.shape[3]).masked_fill(behind, -math.inf)
+        self.place, self.length = place, 0
+        return self
+
+    def places(self, T):
+        return self.place
+
+    def append(self, layer, k, v):
+        self.layers[layer].index_copy_(3, self.place, torch.stack((k, v)))
+        return *self.layers[layer], self.mask
 
 # ---- products for writing on a CPU, where each token reads all matrices from memory ----
 

@@ -15,6 +15,7 @@ import warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from torch import nn
 
 from config import at_least, configure, one_of, require, stop_on_error
 from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, PRODUCTS, TRANSPOSED,
-                   BPETokenizer, KVCache, atomic_write, compiled, encode_prompt, fastest,
-                   load_checkpoint, next_logits, pick_device, pick_dtype, run_file, stream,
+                   BPETokenizer, KVCache, atomic_write, check_finite, encode_prompt, fastest,
+                   load_checkpoint, next_logits, pick_device, pick_dtype, run_file, stream, tried,
                    unescape, use_product)
 
 # Model
@@ -35,7 +36,7 @@ out_dir = ""             # folder of a run; empty: that of the newest under out/
 checkpoint = "best.pt"   # which file of it: best.pt, last.pt, step_1000.pt; or a path
 device = "auto"          # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"           # of the weights: float32, bfloat16, float16, int8 (CPU); auto: the fastest
-compile = "auto"         # auto (on CUDA), true or false: torch.compile, which begins slowly
+compile = "auto"         # auto and false: no; true: torch.compile, which begins slowly
 # Text
 start = ""               # \n is a line end; or FILE:prompt.txt; empty: as the run's samples
 interactive = False      # read prompt after prompt from the terminal
@@ -73,7 +74,9 @@ def main():
     # Each token reads all weights from memory: half the bytes are faster, if there are many.
     with stop_on_error(2):
         set_dtype(model, dtype, device, max(num_samples, num_beams))
-    read_token = compile_reading(model, device)
+    read_token = None
+    if compile.lower() == "true":
+        read_token = tried("torch.compile", partial(compile_reading, model, device))
     if interactive:
         print(f"{source}, an empty line or Ctrl-D ends", file=sys.stderr)
         for line in prompts():
@@ -101,9 +104,9 @@ def check_settings():
     at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16", "int8")
+    one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     if not (init_from and Path(init_from).exists()):
         one_of(settings, "init_from", "resume", *PRETRAINED, "a folder or a .pt file")
-    one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     require(0 < top_p <= 1, "--top_p must be above 0 and at most 1, which keeps all")
     require(0 <= min_p < 1, "--min_p must be from 0, which keeps all, to below 1")
     require(seed < 2 ** 63, "--seed must be below 2 ** 63")
@@ -152,14 +155,11 @@ def set_dtype(model, name, device, rows):
     use_product(model, name)
 
 def compile_reading(model, device):
-    """model.hidden compiled for one token at a time; None where unwanted or impossible."""
-    def attempt():  # writes two tokens to each row, the second by hidden, which compiles it
-        hidden = torch.compile(model.hidden, dynamic=True)
-        ids = torch.zeros(max(num_samples, num_beams), 2, dtype=torch.long, device=device)
-        list(stream(model, ids, 2, read_token=hidden))
-        return hidden
-
-    return compiled(compile.lower(), device, attempt)
+    """model.hidden compiled for one token at a time."""
+    hidden = torch.compile(model.hidden, dynamic=True)
+    ids = torch.zeros(max(num_samples, num_beams), 2, dtype=torch.long, device=device)
+    list(stream(model, ids, 2, read_token=hidden))  # which is called, and compiles, at the second
+    return hidden
 
 def prompts():
     """Lines typed at the terminal, until one is empty or it is closed."""
@@ -252,7 +252,9 @@ def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=N
     finished = []    # (score, row), the best num_beams
     for length in range(1, max_new_tokens + 1):
         # The best ways to go on from any row by any token: twice as many, as half may end.
-        logits = next_logits(model, rows, cache, read_token)[:, :vocab_size]
+        logits = next_logits(model, rows, cache, read_token)
+        check_finite(logits)
+        logits = logits[:, :vocab_size]
         totals = scores + logits.log_softmax(dim=-1)                             # (beams, V)
         best, places = totals.flatten().topk(min(2 * num_beams, totals.numel()))
         source, token = places // totals.shape[1], places % totals.shape[1]

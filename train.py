@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 from config import (SIGNALS, at_least, catch_signals, configure, dataset_name,
                     declared_settings, one_of, require, stop_on_error)
-from model import (EOT, GPT, PRETRAINED, GPTConfig, atomic_write, compiled, encode_prompt,
+from model import (EOT, GPT, PRETRAINED, CudaGraph, GPTConfig, atomic_write, encode_prompt,
                    load_checkpoint, pick_device, pick_dtype, reading, run_file, save_checkpoint,
-                   show_progress, tokenizer_from, unescape, use_product)
+                   show_progress, tokenizer_from, tried, unescape, use_product)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -104,6 +104,8 @@ wandb_run_name = ""          # empty: the name of the run's folder
 device = "auto"              # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"               # auto, float32, bfloat16, float16 (CUDA); with eval_only int8 (CPU)
 compile = "auto"             # auto (on CUDA), true or false: torch.compile
+cuda_graph = True            # on CUDA all kernels of a batch start at once; one process only
+deterministic = False        # on CUDA, too, the same run gives the same bits, slower
 settings = configure(globals())
 dataset = settings["dataset"] = dataset_name(dataset)
 
@@ -123,6 +125,11 @@ def main(cleanup):
         device = join_processes(pick_device(settings["device"]))  # hides the setting
     keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    if deterministic and device.type == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # nor these kernels of attention
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
     # ---- the data ----
     meta, tokenizer, data = load_dataset(Path("data", dataset))
@@ -175,13 +182,28 @@ def main(cleanup):
                                                     find_unused_parameters=layerdrop > 0)
     forward = autocast(model.forward)
 
+    def add_gradients(x, y, parts):
+        """Adds the gradients of loss / parts to those there are, and returns it."""
+        if gradient_accumulation_steps == 1:
+            raw.zero_grad()  # a graph then writes them, which is faster than to add
+        share = forward(x, y)[1] / parts
+        scaler.scale(share * world_size).backward()
+        return share.detach()
+
+    graphed = device.type == "cuda" and cuda_graph and world_size == 1 and not layerdrop
+    if graphed:
+        batch = read_rows(data["train"], row_spans(data["train"], 0, 0), device)
+        with stop_on_error(), reading("this model as a graph", ", try --cuda_graph=False"):
+            add_gradients = CudaGraph(add_gradients, *batch, torch.ones((), device=device))
+
     # ---- the run ----
     rows = batch_size * gradient_accumulation_steps
     steps_per_epoch = data["train"].per_epoch / rows
     first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
     require(not 0 < patience <= progress["stale"], f"{source} stopped early, raise --patience")
-    each_step, each_evaluation = time_a_step(raw, autocast, data, device)
+    each_step, each_evaluation = time_a_step(add_gradients, data, device)
+    raw.zero_grad(set_to_none=not graphed)
     if max_minutes:
         left = 60 * max_minutes - progress["seconds"] - each_evaluation
         fit, = summed(device, first + steps_in(left, each_step, each_evaluation, evaluate_every))
@@ -228,9 +250,7 @@ def main(cleanup):
             # backward() adds up micro-steps, DDP averages processes (at the last; with layerdrop
             # at each, as the last may skip a block). We want the mean over the step's targets.
             model.require_backward_grad_sync = last or layerdrop > 0
-            share = forward(x, y)[1] / (sum(targets) / targets[micro])
-            scaler.scale(share * world_size).backward()
-            loss += share.detach()
+            loss += add_gradients(x, y, sum(targets) / targets[micro])
 
         # Undo float16's scale, then clip: scale the gradients down to a norm of grad_clip.
         for opt in optimizers:
@@ -248,7 +268,8 @@ def main(cleanup):
                 group["lr"] = lr
             if not overflow:
                 opt.step()
-            opt.zero_grad()
+            if gradient_accumulation_steps > 1:
+                opt.zero_grad(set_to_none=not graphed)  # a graph adds to the same tensors
         scaler.update()
         progress["skipped"] += overflow
         if profiler:
@@ -502,10 +523,9 @@ class Muon(torch.optim.Optimizer):
             m = torch.stack(means).lerp_(g, 1 - beta)           # beta m + (1 - beta) g
             updates = orthogonal(g.lerp_(m, beta))              # Nesterov's, one step ahead
             size = 0.2 * math.sqrt(max(g.shape[1:]))            # mean square as AdamW's
-            for p, mean, new, update in zip(params, means, m, updates):
-                mean.copy_(new)
-                p *= 1 - lr * group["weight_decay"]
-                p.add_(update, alpha=-lr * size)
+            torch._foreach_copy_(means, m.unbind())             # each for all at once
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, updates.unbind(), alpha=-lr * size)
 
 def orthogonal(g):
     """(N, rows, columns) -> the same with singular values of about 1, by five steps of
@@ -675,10 +695,12 @@ def append_row(path, columns, row):
 @torch.compiler.set_stance("force_eager")
 def write_sample(raw, tokenizer, ids, step, path):
     """Prints how the model goes on from ids (1, T), and appends it to path."""
+    torch.use_deterministic_algorithms(False)  # which know no cumsum
     generator = torch.Generator().manual_seed(random_seed("sample", step))
     ids = raw.eval().generate(ids, 200, generators=[generator], eot=tokenizer.eot,
                               vocab_size=tokenizer.vocab_size)
     raw.train()
+    torch.use_deterministic_algorithms(deterministic and ids.is_cuda)
     text = tokenizer.decode(ids[0].tolist()).replace(EOT, "")
     with open(path, "a", encoding="utf-8") as file:
         print(f"---- step {step} ----\n{text}", file=file)
@@ -781,27 +803,30 @@ def every(interval, step):
     return interval > 0 and step % interval == 0
 
 def compile_blocks(raw, autocast, rows, device):
-    """Puts the blocks through torch.compile, one graph for all, if wanted and if it works."""
+    """Puts the blocks through torch.compile, one graph for all, if wanted and if it works; on a
+    GPU the loss, too, whose many passes over the logits become two."""
     def attempt():
         for block in raw.h:
             block.compile()
+        if device.type == "cuda":
+            raw.score = torch.compile(raw.score)
         autocast(raw.forward)(*read_rows(rows, row_spans(rows, 0, 0), device))[1].backward()
         return raw
-    if not compiled(compile.lower(), device, attempt):
+    wanted = compile.lower() == "true" or compile.lower() == "auto" and device.type == "cuda"
+    if not wanted or not tried("torch.compile", attempt):
         torch.compiler.set_stance("force_eager")
     raw.zero_grad()  # those of the attempt, which may have failed half way
 
-def time_a_step(raw, autocast, data, device):
+def time_a_step(add_gradients, data, device):
     """Seconds of a step and of an evaluation, by the second of two micro-steps on a batch. An
     evaluation goes forward alone, which is a third of the work, over val and as much of train."""
     for _ in range(2):
         began = time.time()
         x, y = read_rows(data["train"], row_spans(data["train"], 0, 0), device)
-        autocast(raw.forward)(x, y)[1].backward()
+        add_gradients(x, y, 1.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         micro = (time.time() - began) / world_size
-    raw.zero_grad()
     batches = 2 * (eval_iters or data["val"].number / batch_size)
     return micro * gradient_accumulation_steps, micro / 3 * batches
 
@@ -908,9 +933,10 @@ def start_profiler(run_dir, device):
         path = run_dir / "trace.json.gz"
         profiler.export_chrome_trace(f"{path}.tmp.gz")  # by this name it is compressed
         os.replace(f"{path}.tmp.gz", path)
-        rows = profiler.key_averages()  # of operations: a GPU's kernels would be counted twice
-        rows[:] = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
-        print(rows.table(sort_by=f"self_{device.type}_time_total", row_limit=15))
+        kind = "CUDA" if device.type == "cuda" else "CPU"  # kernels, or operations
+        rows = profiler.key_averages()
+        rows[:] = [row for row in rows if row.device_type.name == kind and not row.is_user_annotation]
+        print(rows.table(sort_by=f"self_{kind.lower()}_time_total", row_limit=15))
     if profile and rank == 0:
         profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),

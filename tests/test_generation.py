@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from conftest import Replayed
 
-from model import GPT, GPTConfig, KVCache, filter_logits, next_logits, sample_ids
+from model import (GPT, GPTConfig, KVCache, TokenGraph, filter_logits, next_logits, sample_ids,
+                   stream)
 from sample import beam_search
 
 
@@ -31,6 +33,26 @@ def seeded(rows, seed=0):
 
 
 # ---- the cache ----
+
+@pytest.mark.parametrize("changes", [{}, {"fused": False}, {"positions": "sinusoidal"},
+                                     {"block_size": 2}, {"block_size": 1}])
+def test_a_token_graph_writes_the_same_text(changes, monkeypatch):
+    """All of a GPU's way but the recording: places are tensors, the cache has one shape."""
+    monkeypatch.setattr("model.CudaGraph", Replayed)
+    model, prompt = lively(**changes), ids(3, 5)
+    expected = [new.tolist() for new in stream(model, prompt, 40, temperature=0)]
+    monkeypatch.setattr("model.token_reader", lambda hidden, ids, cache: graph(hidden, ids, cache))
+    graphs = []
+
+    def graph(hidden, ids, cache):
+        for kv in cache.layers if not graphs else ():
+            kv[:, :, :, cache.length:] = math.nan  # what empty memory may hold
+        graphs.extend([] if graphs else [TokenGraph(hidden, ids, cache)])
+        return graphs[0]
+
+    assert [new.tolist() for new in stream(model, prompt, 40, temperature=0)] == expected
+    assert graphs
+
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, one_sentence
+from conftest import REPO, TINY, Replayed, one_sentence
 
 import model
 import train as script
@@ -691,13 +691,15 @@ def test_auto_is_what_is_faster_here_and_stays_with_the_run(train, monkeypatch):
                                         "--max_iters=7", "--lr_decay_iters=6").err
 
 
-def test_a_device_that_is_rarely_read_from_trains_the_same(run, train, monkeypatch):
-    """The loop of a GPU, on a CPU: numbers are read in every third step alone."""
-    given = ["--log_interval=3", "--eval_interval=6", "--max_iters=12", "--grad_clip=0.3"]
+@pytest.mark.parametrize("options", [["--dropout=0.1"], ["--gradient_accumulation_steps=2"]])
+def test_a_device_that_is_rarely_read_from_trains_the_same(run, train, monkeypatch, options):
+    """The loop of a GPU, on a CPU: a batch is a graph, numbers are read in every third step."""
+    given = ["--log_interval=3", "--eval_interval=6", "--max_iters=12", "--grad_clip=0.3", *options]
     every_step = train(*given)
     expected = torch.load("out/tiny/last.pt", weights_only=True)
     code = (REPO / "train.py").read_text().replace('device.type == "cpu" or scaler', "scaler")
-    Path("train.py").write_text(code)
+    Path("train.py").write_text(code.replace('device.type == "cuda" and cuda_graph', "cuda_graph"))
+    monkeypatch.setattr(model, "CudaGraph", Replayed)
     synced = []
     real = torch.nn.utils.clip_grads_with_norm_
     monkeypatch.setattr("torch.nn.utils.clip_grads_with_norm_",
@@ -728,4 +730,4 @@ def test_more_processes_than_gpus_and_too_little_memory_are_said(monkeypatch, ca
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):  # torch.compile works: going on would not help
-        model.compiled("true", torch.device("cpu"), attempt)
+        model.tried("torch.compile", attempt)
