@@ -2,7 +2,8 @@
 published run of 1.1 million tokens. --qkv_bias=True makes it OpenAI's 124,439,808.
 
 Data: python prepare_tinystories.py config/gpt2_124m.py
-Result: val loss 3.9244 after 1.1 million tokens of 11,953 stories, in 36 min of two EPYC cores.
+Result: val loss 3.9244 after 1.1 million tokens of 11,953 stories, in 36 min of two EPYC cores. On
+one H100, with --batch_size=32 --vocab_multiple=64 --bias=False, a step of 32,768 tokens took 66 ms.
 """
 
 out_dir = "out/gpt2_124m"

@@ -12,6 +12,8 @@
     python tests/benchmark.py sample PATH  writing text with 124M random weights, against nanoGPT (a
                                            checkout at PATH) and, where installed, transformers,
                                            CTranslate2 and llama.cpp (llama-cpp-python and gguf)
+    python tests/benchmark.py levers --device=cuda
+                                           steps of train.py, one setting changed at a time
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
                                            comprehension, GPT-2's tokens on all cores against
                                            tiktoken on one, and learning 4096 tokens from it
@@ -24,8 +26,9 @@
                                            perplexity of a run on story rows: of real tokens, and
                                            with padding counted
 
-Every row alternates its candidates and gives medians; a line of JSON beside it says the same to
-programs, the first names the machine. Let nothing else run meanwhile.
+train, speedrun and sample take --device=cuda. Every row alternates its candidates and gives medians;
+a line of JSON beside it says the same to programs, the first names the machine. Let nothing else
+run meanwhile.
 """
 
 import csv
@@ -45,6 +48,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +62,9 @@ from model import (EOT, GPT, BPETokenizer, CharTokenizer, Dropout, GPTConfig,  #
 from prepare_shakespeare import learn_tokenizer, write_dataset  # noqa: E402
 from prepare_tinystories import read_stories  # noqa: E402
 from sample import set_dtype, write_pretrained  # noqa: E402
+
+
+DEVICE = "cpu"
 
 
 def race(label, candidates, rounds=15):
@@ -96,7 +103,8 @@ def machine():
             a @ a
             seconds.append(time.perf_counter() - began)
         speeds[kind] = 2 * 4096 ** 3 / statistics.median(seconds[1:]) / 1e12
-    record("machine", processor=name[1] if name else platform.processor(),
+    gpu = {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
+    record("machine", processor=name[1] if name else platform.processor(), **gpu,
            flags=re.findall(r"\b(?:amx_bf16|avx512_bf16|avx512f|avx2)\b", info.partition("\n\n")[0]),
            threads=torch.get_num_threads(), torch=torch.__version__, tflops=speeds)
     return speeds
@@ -174,24 +182,25 @@ WRITERS = {  # who writes text, what must be installed for it
     "llama.cpp BF16": ("llama_cpp", "gguf"), "llama.cpp Q8_0": ("llama_cpp", "gguf")}
 
 
-def writer(name, nanogpt, export):
+def writer(name, nanogpt, export, device):
     """A function of a list of prompts' ids and a number of tokens, with 124M random weights."""
     who, _, kind = name.partition(" ")
+    tensor, half = partial(torch.tensor, device=device), {"cuda": torch.bfloat16}.get(device)
     if who == "ours":
-        model = load_checkpoint(export)["model"]
-        set_dtype(model, kind, torch.device("cpu"), rows=1)
-        return lambda rows, n: model.generate(torch.tensor(rows), n, top_k=200)
+        model = load_checkpoint(export, device)["model"]
+        set_dtype(model, kind, torch.device(device), rows=1)
+        return lambda rows, n: model.generate(tensor(rows), n, top_k=200)
     if who == "nanoGPT":
         peer = load_peer(nanogpt)
-        model = peer.GPT(peer.GPTConfig()).eval()
-        return lambda rows, n: model.generate(torch.tensor(rows), n, top_k=200)
+        model = peer.GPT(peer.GPTConfig()).eval().to(device, half)
+        return lambda rows, n: model.generate(tensor(rows), n, top_k=200)
     if who == "transformers":
         import transformers
         transformers.logging.set_verbosity_error()
-        model = transformers.GPT2LMHeadModel.from_pretrained(export).eval()
+        model = transformers.GPT2LMHeadModel.from_pretrained(export).eval().to(device, half)
         return lambda rows, n: model.generate(
-            torch.tensor(rows), attention_mask=torch.ones(len(rows), 16), do_sample=True, top_k=200,
-            max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
+            tensor(rows), attention_mask=torch.ones(len(rows), 16, device=device), do_sample=True,
+            top_k=200, max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
     if who == "CTranslate2":
         import ctranslate2
         converter = ctranslate2.converters.TransformersConverter(export)
@@ -248,23 +257,25 @@ def serve(pipe, *which):
 def sample(nanogpt="", only=""):
     """Tokens per second, medians of interleaved turns, and the time to read the weights once."""
     machine()
-    block, seconds = torch.ones(124_439_808), []
+    kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    block, seconds = torch.ones(124_439_808, device=DEVICE, dtype=kind), []
     for _ in range(20):
         began = time.perf_counter()
-        block.sum()
+        block.sum().item()
         seconds.append(time.perf_counter() - began)
     floor = statistics.median(seconds)
-    print(f"reading the {block.nbytes / 1e6:.0f} MB of float32 takes {1000 * floor:.1f} ms")
+    print(f"reading the {block.nbytes / 1e6:.0f} MB of {kind} takes {1000 * floor:.2f} ms")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         write_pretrained(GPT(GPTConfig()), BPETokenizer({"kind": "gpt2"}), Path(folder))
         pipes = {}
         for name, packages in WRITERS.items():
-            if only in name and (nanogpt or name != "nanoGPT") and all(
-                    map(importlib.util.find_spec, packages)):
+            there = all(map(importlib.util.find_spec, packages))
+            if (only in name and there and (nanogpt or name != "nanoGPT")
+                    and (DEVICE == "cpu" or name in ("ours auto", "nanoGPT", "transformers"))):
                 pipes[name], theirs = multiprocessing.Pipe()
                 multiprocessing.get_context("spawn").Process(
-                    target=serve, args=(theirs, name, nanogpt, folder), daemon=True).start()
+                    target=serve, args=(theirs, name, nanogpt, folder, DEVICE), daemon=True).start()
                 pipes[name].send(([[0] * 16], 5))  # warms up
                 pipes[name].recv()
         for batch, tokens, turns in ((1, 200, 5), (8, 200, 2), (1, 900, 1)):
@@ -456,29 +467,110 @@ SIZES = [  # label, steps, vocabulary, settings of both
         n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=1, dropout=0.0))]
 
 
+CUDA_SIZES = [  # label, steps, vocabulary, settings of both
+    ("6 x 384", 700, 65, dict(
+        n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.0)),
+    ("6 x 384, dropout 0.2", 700, 65, dict(
+        n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2)),
+    ("12 x 768, 50,304 tokens", 140, 50304, dict(
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32, dropout=0.0))]
+
+
+def on_a_gpu(folder, command):
+    """Milliseconds of a step of a program that waits for the GPU in every twentieth, where it
+    logs: from the second line of its log to the last but one. And seconds to the first."""
+    began, stamps = time.perf_counter(), []
+    with subprocess.Popen([sys.executable, *command, "--log_interval=20"], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env=os.environ | {"PYTHONUNBUFFERED": "1"}) as run:
+        for line in run.stdout:
+            if found := re.match(r"(?:iter | +)([\d,]+):? ", line):
+                stamps.append((int(found[1].replace(",", "")), time.perf_counter() - began))
+    assert run.returncode == 0, command
+    (first, since), (last, until) = stamps[2], stamps[-2]
+    return 1000 * (until - since) / (last - first), stamps[0][1]
+
+
+def make_dataset(folder, vocabulary):
+    """data/x of random characters in folder, for both programs."""
+    characters = "".join(chr(0x10000 + i) for i in range(vocabulary))
+    text = "".join(random.Random(0).choices(characters, k=200_000))
+    with redirect_stdout(None):
+        write_dataset(Path(folder, "data/x"), {"train": [text], "val": [text]},
+                      CharTokenizer(characters))
+    Path(folder, "data/x/meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocabulary}))
+
+
+RUN = ["--bias=False", "--dataset=x", "--eval_iters=1"]
+OURS_ALONE = ["--overwrite=True", "--plot=False", "--eval_interval=0"]
+
+
+def train_on_a_gpu(nanogpt, only="", turns="1"):
+    repo = Path(script.__file__).parent
+    machine()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("train.py", "model.py", "configurator.py"):
+            shutil.copy(Path(nanogpt) / name, folder)
+        for label, steps, vocabulary, sizes in CUDA_SIZES:
+            if only not in label:
+                continue
+            make_dataset(folder, vocabulary)
+            given = RUN + [f"--{name}={value}" for name, value in sizes.items()]
+            given += [f"--max_iters={steps}", "--device=cuda", "--dtype=bfloat16"]
+            times = {"nanoGPT": [], "ours": []}
+            for _ in range(int(turns)):
+                times["nanoGPT"].append(on_a_gpu(folder, [
+                    "train.py", *given, "--compile=True", "--gradient_accumulation_steps=1",
+                    f"--eval_interval={10 ** 9}"]))
+                times["ours"].append(on_a_gpu(folder, [repo / "train.py", *given, *OURS_ALONE]))
+            tokens = sizes["batch_size"] * sizes["block_size"]
+            report_ms(label, times, tokens)
+
+
+def report_ms(label, times, tokens):
+    """A table of {name: [(ms of a step, seconds to the first)]}, medians."""
+    medians = {name: [statistics.median(values) for values in zip(*pairs)]
+               for name, pairs in times.items()}
+    record(label, ms_and_start=medians)
+    print(label)
+    first = next(iter(medians.values()))[0]
+    for name, (ms, start) in medians.items():
+        print(f"{name:>28}{ms:9.2f} ms  x{first / ms:5.2f}{1000 * tokens / ms:12,.0f} tok/s, "
+              f"the first after {start:.1f} s", flush=True)
+
+
+def levers():
+    """Steps of train.py on a GPU as they come, and with one setting changed at a time."""
+    repo, changes = Path(script.__file__).parent, [
+        "", "--cuda_graph=False", "--compile=false", "--deterministic=True", "--optimizer=muon"]
+    with tempfile.TemporaryDirectory() as folder:
+        for label, steps, vocabulary, sizes in CUDA_SIZES[1:]:
+            make_dataset(folder, vocabulary)
+            given = RUN + OURS_ALONE + [f"--{name}={value}" for name, value in sizes.items()]
+            given += [f"--max_iters={steps}", "--device=cuda", "--dtype=bfloat16"]
+            times = {change or "as it comes": [on_a_gpu(folder, [
+                repo / "train.py", *given, *change.split()])] for change in changes}
+            report_ms(label, times, sizes["batch_size"] * sizes["block_size"])
+
+
 def train(nanogpt, only="", turns="3"):
     """Medians over all steps but the first three of each process, and the largest peak memory."""
+    if DEVICE == "cuda":
+        return train_on_a_gpu(nanogpt, only, turns)
     ceiling = 1e12 * max(machine().values())
-    repo, common = Path(script.__file__).parent, ["--bias=False", "--device=cpu", "--dataset=x",
-                                                  "--log_interval=1", "--eval_iters=1"]
+    repo, common = Path(script.__file__).parent, [*RUN, "--device=cpu", "--log_interval=1"]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("train.py", "model.py", "configurator.py"):
             shutil.copy(Path(nanogpt) / name, folder)
         for label, steps, vocabulary, sizes in SIZES:
             if only not in label:
                 continue
-            characters = "".join(chr(0x10000 + i) for i in range(vocabulary))
-            tokenizer = CharTokenizer(characters)
-            text = "".join(random.Random(0).choices(characters, k=200_000))
-            with redirect_stdout(None):
-                write_dataset(Path(folder, "data/x"), {"train": [text], "val": [text]}, tokenizer)
-            Path(folder, "data/x/meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocabulary}))
+            make_dataset(folder, vocabulary)
             given = common + [f"--{name}={value}" for name, value in sizes.items()]
             commands = {
                 "nanoGPT": ["train.py", *given, f"--max_iters={steps}", "--compile=False",
                             "--gradient_accumulation_steps=1", f"--eval_interval={10 ** 9}"],
-                "ours": [repo / "train.py", *given, f"--max_iters={steps}", "--overwrite=True",
-                         "--plot=False", "--eval_interval=0"]}
+                "ours": [repo / "train.py", *given, f"--max_iters={steps}", *OURS_ALONE]}
             if not sizes["dropout"]:  # with dropout it takes longer
                 commands["compiled"] = [*commands["ours"], "--compile=true"]
             times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
@@ -519,9 +611,49 @@ OURS = ["--optimizer=muon", "--batch_size=32", "--beta1=0.85", "--beta2=0.95", "
         "--log_interval=1", "--plot=False", "--overwrite=True"]
 
 
+def prepare_race(folder, nanogpt, data, seed=1337):
+    """Tiny Shakespeare and nanoGPT's scripts, with this seed, in folder."""
+    shutil.copytree(data, Path(folder, "data/shakespeare_char"), dirs_exist_ok=True)
+    characters = json.loads(Path(data, "meta.json").read_text())["tokenizer"]["vocabulary"]
+    Path(folder, "data/shakespeare_char/meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(characters)}))
+    for name in ("model.py", "configurator.py", "train.py"):
+        source = Path(nanogpt, name).read_text()
+        Path(folder, name).write_text(source.replace("1337", str(seed)))
+
+
+def speedrun_on_a_gpu(nanogpt, data, seeds="1"):
+    """Seconds of whole processes and the best val loss: nanoGPT's recipe for a GPU, exactly
+    evaluated by us, and config/shakespeare_gpu.py."""
+    repo = Path(script.__file__).parent
+    theirs = ["train.py", "--compile=True", "--dtype=bfloat16", "--gradient_accumulation_steps=1",
+              "--batch_size=64", "--block_size=256", "--n_layer=6", "--n_head=6", "--n_embd=384",
+              "--dropout=0.2", "--learning_rate=1e-3", "--min_lr=1e-4", "--beta2=0.99",
+              "--warmup_iters=100", "--max_iters=5000", "--lr_decay_iters=5000", "--bias=False",
+              "--eval_interval=250", "--eval_iters=200", "--always_save_checkpoint=False",
+              "--dataset=shakespeare_char", "--device=cuda"]
+    ours = [repo / "train.py", repo / "config/shakespeare_gpu.py", "--device=cuda",
+            "--overwrite=True", "--plot=False"]
+    for seed in range(1, int(seeds) + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_race(folder, nanogpt, data, seed)
+            for name, command in (("ours", [*ours, f"--seed={seed}"]), ("nanoGPT", theirs)):
+                began = time.perf_counter()
+                run = partial(subprocess.run, cwd=folder, check=True, capture_output=True, text=True)
+                out = run([sys.executable, *command]).stdout
+                took = time.perf_counter() - began
+                if name == "nanoGPT":
+                    out = run([sys.executable, *ours[:3], "--init_from=out/ckpt.pt",
+                               "--eval_only=True", "--plot=False"]).stdout
+                found = re.findall(r"(?:best val loss|^ +val +[\d,]+) +([\d.]+)", out, re.MULTILINE)
+                record(f"speedrun, seed {seed}", who=name, seconds=took, val=found[0])
+
+
 def speedrun(nanogpt, data, seeds="3"):
     """Seconds of whole processes and the exact val loss of what they leave: nanoGPT's recipe for a
     CPU, ours to as good a loss, and ours in the time that theirs has just taken."""
+    if DEVICE == "cuda":
+        return speedrun_on_a_gpu(nanogpt, data, seeds)
     repo, peer, found = Path(script.__file__).parent, load_peer(nanogpt), []
     script.block_size, script.batch_size = 64, 32
     rows = script.Windows(np.fromfile(Path(data, "val.bin"), np.uint16))
@@ -541,15 +673,8 @@ def speedrun(nanogpt, data, seeds="3"):
             model = load_checkpoint(run / "last.pt")["model"].eval()
             return took, script.evaluate(model, rows), statistics.median(times) / 1000
 
-        shutil.copytree(data, Path(folder, "data/shakespeare_char"))
-        characters = json.loads(Path(data, "meta.json").read_text())["tokenizer"]["vocabulary"]
-        Path(folder, "data/shakespeare_char/meta.pkl").write_bytes(
-            pickle.dumps({"vocab_size": len(characters)}))
-        for name in ("model.py", "configurator.py"):
-            shutil.copy(Path(nanogpt, name), folder)
         for seed in range(1, int(seeds) + 1):
-            source = Path(nanogpt, "train.py").read_text()
-            Path(folder, "train.py").write_text(source.replace("1337", str(seed)))
+            prepare_race(folder, nanogpt, data, seed)
             theirs = seconds("train.py", *THEIRS)
             saved = torch.load(Path(folder, "out/ckpt.pt"), weights_only=True)
             model = peer.GPT(peer.GPTConfig(**saved["model_args"])).eval()
@@ -568,8 +693,11 @@ def speedrun(nanogpt, data, seeds="3"):
 
 if __name__ == "__main__":
     wanted = {"around": around, "attention": attention_kernels, "curves": curves, "dtype": dtype,
-              "encode": encode, "kernels": kernels, "padding": padding, "sample": sample,
-              "speedrun": speedrun, "train": train, "trust": trust}
+              "encode": encode, "kernels": kernels, "levers": levers, "padding": padding,
+              "sample": sample, "speedrun": speedrun, "train": train, "trust": trust}
+    if "--device=cuda" in sys.argv:
+        sys.argv.remove("--device=cuda")
+        DEVICE = "cuda"
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     if sys.argv[1] not in ("train", "sample"):  # these begin with it
