@@ -975,15 +975,15 @@ class CudaGraph:
     """A function of tensors of fixed shapes on a GPU, recorded once and then replayed: it reads
     and writes the same memory again, returns the same tensors, and runs no Python."""
     def __init__(self, function, *inputs):
-        self.inputs = [x.clone() for x in inputs]
-        with torch.cuda.stream(torch.cuda.Stream()):  # what libraries do but once goes before
-            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.device(inputs[0].device):
+            with torch.cuda.stream(torch.cuda.Stream()):  # libraries do some things but once
+                torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+                for _ in range(3):
+                    function(*self.inputs)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.output = function(*self.inputs)
 
     def __call__(self, *inputs):
         for mine, new in zip(self.inputs, inputs):

@@ -289,8 +289,8 @@ GRAMMAR = {rule: options.split("|") for rule, options in {
     "thing": "ball|kite|hat|boat|drum|cup|doll|bell|lamp|scarf|wagon|flute|mirror|ring",
     "place": "park|forest|beach|market|river|farm|hill|bridge|garden|meadow|lake|castle",
 
-    "sight": "There {he} saw {:number} {:creatures} {:doing}.|"
-        "The {colour} {thing} looked {:look} there.|"
+    "sight": "At the {place} {he} saw {:number} {:creatures} {:doing}.|"
+        "The {colour} {thing} looked {:look} at the {place}.|"
         "On the way {he} met {:somebody}, who {:greeting}.|"
         "It smelled of {:smell}, and {name} {:joy}.",
     "number": "two|three|four|five|six|seven",

@@ -1,8 +1,8 @@
-"""Synthetic stories of known entropy, learned in a minute on two CPU cores: 569,984 parameters.
+"""Synthetic stories of known entropy, learned in a minute on two CPU cores: 569,728 parameters.
 
 Data: python prepare_tinystories.py --source=grammar --tokenizer=bpe
-Result: val loss 0.3839, 3.3% above the entropy of 0.3716, after 45 s of two EPYC cores. One run
-in six also learns to name the place again where the story ends, and has 0.375: 0.8% above it.
+Result: val loss 0.3714, 0.8% above the entropy of 0.3683, after 60 s of two Xeon cores with AMX;
+0.3710 to 0.3714 with six seeds in bfloat16 and three in float32.
 """
 
 out_dir = "out/quickstart"

@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = sorted({line.split(" #")[0].strip() for block in BLOCKS
                    for line in block.splitlines() if re.search("python |torchrun ", line)})
 CONFIGS = sorted(path.name for path in (REPO / "config").glob("[!_]*.py"))
-VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257, "grammar_bpe": 1209,
+VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257, "grammar_bpe": 1207,
               "tinystories_char": 91, "tinystories_gpt2": 50257, "tinystories_slice_gpt2": 50257,
               "tinystories_bpe": 4096}
 
