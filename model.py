@@ -953,8 +953,9 @@ class SlicedCrossEntropy(torch.autograd.Function):
         weights = (targets >= 0) / (targets >= 0).sum()
         columns = targets.clamp(min=0)[:, None], weights[:, None]
         loss, gradient = torch.zeros(()), torch.empty_like(logits)
+        in_place = ctx.needs_input_grad[0] and logits.dtype == torch.float32
         for part, y, w, d_part in zip(*(t.split(rows) for t in (logits, *columns, gradient))):
-            x = part.to(torch.float32, copy=True)
+            x = (d_part if in_place else torch.empty(part.shape)).copy_(part)
             largest = x.amax(dim=1, keepdim=True)
             x.sub_(largest).exp_()                           # softmax is this over its sum
             total = x.sum(dim=1, keepdim=True)
@@ -967,7 +968,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         gradient, = ctx.saved_tensors
-        return gradient.mul_(d_loss), None
+        return gradient if d_loss == 1 else gradient.mul_(d_loss), None
 
 # ---- on a GPU: all kernels at once, which Python launches slower than they run ----
 
