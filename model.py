@@ -139,11 +139,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, H, T, D) each
 
         # When text is written, the cache holds the keys and values of earlier tokens.
-        mask = None                                          # but the causal one
         if cache is not None:
-            k, v, mask = cache.append(self.layer, k, v)      # (B, H, S, D)
+            k, v = cache.append(self.layer, k, v)            # (B, H, S, D)
+        mask = None if cache is None else cache.mask         # None: the causal one
         if maps is not None:
-            maps.append(attention_weights(q, k))             # (B, H, T, S), for a picture
+            maps.append(attention_weights(q, k, mask))       # (B, H, T, S), for a picture
 
         y = self.attention(q, k, v, self.attn_dropout, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)               # the heads side by side again
@@ -206,11 +206,11 @@ class GPT(nn.Module):
         return (self.lm_head(states), None) if targets is None else self.score(states, targets)
 
     def score(self, states, targets):
-        """states (B, T, C) of hidden(), targets (B, T) -> logits (B, T, V), mean loss."""
-        logits = self.lm_head(states)                        # how likely each next token is
+        """states (B, T, C) of hidden(), targets (B, T) -> logits (B, T, V), mean loss.
+        Compiled, only the loss has a gradient: that of the logits would be gigabytes of 0."""
+        logits = self.lm_head(states)                        # (B, T, V): scores of each next token
         smoothing = self.config.label_smoothing * self.training  # 0 in evaluation
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), smoothing)
-        # Compiled, it would take a gradient of logits that it returns, gigabytes of zeros.
         return logits.detach() if torch.compiler.is_compiling() else logits, loss
 
     def hidden(self, ids, cache=None, maps=None):
@@ -274,6 +274,8 @@ class GPT(nn.Module):
 class KVCache:
     """The keys and values of the tokens a model has read, so that it reads each new one alone:
     (2, B, H, block_size, D) for each layer, of the type and on the device of like."""
+    mask = None    # stands in for the causal one
+    graphs = True  # may be recorded, on a GPU
     def __init__(self, config, rows, like):
         shape = 2, rows, config.n_head, config.block_size, config.n_embd // config.n_head
         self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
@@ -286,13 +288,12 @@ class KVCache:
         return torch.arange(self.length, self.length + T, device=self.layers[0].device)
 
     def append(self, layer, k, v):
-        """Stores a layer's new k and v, (B, H, T, D). Returns all, (B, H, S, D) each, and a
-        mask that stands in for the causal one, or None."""
+        """Stores a layer's new k and v, (B, H, T, D). Returns all, (B, H, S, D) each."""
         keys, values = self.layers[layer]
         end = self.length + k.shape[2]
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end], None
+        return keys[:, :, :end], values[:, :, :end]
 
 @torch.inference_mode()
 def next_logits(model, ids, cache, read_token=None):
@@ -312,7 +313,7 @@ def next_logits(model, ids, cache, read_token=None):
     return model.lm_head(states[:, -1]).float()
 
 def check_finite(logits):
-    """Raises ValueError where they overflowed."""
+    """Raises ValueError unless the logits are finite."""
     check(logits.amax().isfinite(), "the model's logits are not finite, try --dtype=float32")
 
 @torch.no_grad()
@@ -326,7 +327,7 @@ def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=Non
     for _ in range(max_new_tokens):
         logits = next_logits(model, ids, cache, read_token)
         new = sample_ids(filter_logits(logits[:, :vocab_size], ids, **filters), generators)
-        check_finite(logits)  # which waits for a GPU, and so comes when it has all its work
+        check_finite(logits)  # last, as it waits for a GPU, which has all its work by now
         if eot is not None:
             new = new.masked_fill(ended, eot)
             ended |= new == eot
@@ -466,7 +467,7 @@ def build(config, weights, spec, **changes):
           f"its context is {config.block_size} tokens, give no larger --block_size")
     check(config.n_layer <= len(weights), "it has fewer weights than layers")
     check(all(w.nbytes <= w.untyped_storage().nbytes() for w in weights.values()),
-          "it holds fewer numbers than its weights have")
+          "its weights are views of fewer numbers")  # a copy could take all memory
     tokenizer = tokenizer_from(spec)
     check(tokenizer.vocab_size <= config.vocab_size, f"it has {config.vocab_size:,} tokens, "
           f"its tokenizer, {spec['kind']}, has {tokenizer.vocab_size:,}")
@@ -831,7 +832,7 @@ def tried(what, attempt):
     try:
         return attempt()
     except torch.OutOfMemoryError:
-        raise  # it would not work without, either
+        raise  # config/ says what helps
     except RuntimeError as error:  # what torch.compile's errors have in common, and CUDA's
         print(f"{what} does not work here ({type(error).__name__}), going on without it",
               file=sys.stderr)
@@ -973,16 +974,18 @@ class SlicedCrossEntropy(torch.autograd.Function):
 # ---- on a GPU: all kernels at once, which Python launches slower than they run ----
 
 class CudaGraph:
-    """A function of tensors of fixed shapes on a GPU, recorded once and then replayed: it reads
-    and writes the same memory again, returns the same tensors, and runs no Python."""
+    """A function of tensors of fixed shapes on a GPU, recorded once and then replayed: its kernels
+    read and write the same memory again, and no Python runs. It may not wait for a number."""
     def __init__(self, function, *inputs):
         self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.device(inputs[0].device):
-            with torch.cuda.stream(torch.cuda.Stream()):  # libraries do some things but once
+        with (torch.cuda.device(inputs[0].device),
+              torch.cuda.stream(torch.cuda.current_stream())):  # which a failure leaves as it was
+            with torch.cuda.stream(torch.cuda.Stream()):  # what cuBLAS sets up at its first use
                 torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
                 for _ in range(3):
                     function(*self.inputs)
             torch.cuda.synchronize()
+            # thread_local: other threads, like NCCL's, may go on.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.output = function(*self.inputs)
 
@@ -993,9 +996,11 @@ class CudaGraph:
         return self.output
 
 def token_reader(hidden, ids, cache):
-    """What reads one token of each row: hidden, on a GPU as a graph that stays with the cache."""
-    if ids.is_cuda and cache.graph is None:
-        cache.graph = tried("a CUDA graph", lambda: TokenGraph(hidden, ids, cache)) or hidden
+    """The function that reads one token of each row into the cache: hidden itself, or on a GPU
+    a graph of it, recorded at the first call."""
+    if ids.is_cuda and KVCache.graphs and cache.graph is None:
+        cache.graph = tried("a CUDA graph", lambda: TokenGraph(hidden, ids, cache))
+        KVCache.graphs = cache.graph is not None
     return cache.graph or hidden
 
 class TokenGraph:
@@ -1030,7 +1035,7 @@ class FixedCache(KVCache):
 
     def append(self, layer, k, v):
         self.layers[layer].index_copy_(3, self.place, torch.stack((k, v)))
-        return *self.layers[layer], self.mask
+        return self.layers[layer]
 
 # ---- products for writing on a CPU, where each token reads all matrices from memory ----
 

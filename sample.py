@@ -104,9 +104,9 @@ def check_settings():
     at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16", "int8")
-    one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     if not (init_from and Path(init_from).exists()):
         one_of(settings, "init_from", "resume", *PRETRAINED, "a folder or a .pt file")
+    one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     require(0 < top_p <= 1, "--top_p must be above 0 and at most 1, which keeps all")
     require(0 <= min_p < 1, "--min_p must be from 0, which keeps all, to below 1")
     require(seed < 2 ** 63, "--seed must be below 2 ** 63")

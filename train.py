@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 from config import (SIGNALS, at_least, catch_signals, configure, dataset_name,
                     declared_settings, one_of, require, stop_on_error)
-from model import (EOT, GPT, PRETRAINED, CudaGraph, GPTConfig, atomic_write, encode_prompt,
-                   load_checkpoint, pick_device, pick_dtype, reading, run_file, save_checkpoint,
-                   show_progress, tokenizer_from, tried, unescape, use_product)
+from model import (EOT, GPT, PRETRAINED, CudaGraph, GPTConfig, KVCache, atomic_write,
+                   encode_prompt, load_checkpoint, pick_device, pick_dtype, reading, run_file,
+                   save_checkpoint, show_progress, tokenizer_from, tried, unescape, use_product)
 
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
@@ -104,7 +104,7 @@ wandb_run_name = ""          # empty: the name of the run's folder
 device = "auto"              # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"               # auto, float32, bfloat16, float16 (CUDA); with eval_only int8 (CPU)
 compile = "auto"             # auto (on CUDA), true or false: torch.compile
-cuda_graph = True            # on CUDA all kernels of a batch start at once; one process only
+cuda_graph = True            # on CUDA launch a batch's kernels at once; one process, no layerdrop
 deterministic = False        # on CUDA, too, the same run gives the same bits, slower
 settings = configure(globals())
 dataset = settings["dataset"] = dataset_name(dataset)
@@ -125,10 +125,11 @@ def main(cleanup):
         device = join_processes(pick_device(settings["device"]))  # hides the setting
     keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    KVCache.graphs = cuda_graph  # of samples
     if deterministic and device.type == "cuda":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # nor these kernels of attention
+        torch.backends.cuda.enable_cudnn_sdp(False)  # two kernels of attention are not
         torch.backends.cuda.enable_mem_efficient_sdp(False)
 
     # ---- the data ----
@@ -183,9 +184,10 @@ def main(cleanup):
     forward = autocast(model.forward)
 
     def add_gradients(x, y, parts):
-        """Adds the gradients of loss / parts to those there are, and returns it."""
+        """Computes the gradients of loss / parts, parts being the step's targets over the
+        batch's, and adds them to those of its other batches. Returns loss / parts."""
         if gradient_accumulation_steps == 1:
-            raw.zero_grad()  # a graph then writes them, which is faster than to add
+            raw.zero_grad()  # there are none: a graph that only writes is faster
         share = forward(x, y)[1] / parts
         scaler.scale(share * world_size).backward()
         return share.detach()
@@ -193,6 +195,7 @@ def main(cleanup):
     graphed = device.type == "cuda" and cuda_graph and world_size == 1 and not layerdrop
     if graphed:
         batch = read_rows(data["train"], row_spans(data["train"], 0, 0), device)
+        add_gradients(*batch, 1.0)  # what is wrong with it shows here, with a traceback
         with stop_on_error(), reading("this model as a graph", ", try --cuda_graph=False"):
             add_gradients = CudaGraph(add_gradients, *batch, torch.ones((), device=device))
 
@@ -523,7 +526,7 @@ class Muon(torch.optim.Optimizer):
             m = torch.stack(means).lerp_(g, 1 - beta)           # beta m + (1 - beta) g
             updates = orthogonal(g.lerp_(m, beta))              # Nesterov's, one step ahead
             size = 0.2 * math.sqrt(max(g.shape[1:]))            # mean square as AdamW's
-            torch._foreach_copy_(means, m.unbind())             # each for all at once
+            torch._foreach_copy_(means, m.unbind())             # each for all matrices
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-lr * size)
 
@@ -695,7 +698,7 @@ def append_row(path, columns, row):
 @torch.compiler.set_stance("force_eager")
 def write_sample(raw, tokenizer, ids, step, path):
     """Prints how the model goes on from ids (1, T), and appends it to path."""
-    torch.use_deterministic_algorithms(False)  # which know no cumsum
+    torch.use_deterministic_algorithms(False)  # on CUDA there is none for cumsum
     generator = torch.Generator().manual_seed(random_seed("sample", step))
     ids = raw.eval().generate(ids, 200, generators=[generator], eot=tokenizer.eot,
                               vocab_size=tokenizer.vocab_size)
@@ -866,9 +869,9 @@ def keep_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is never returned
 
 def peak_memory(device):
-    """Bytes: of the GPU where one is used, else of the whole process."""
+    """Bytes: reserved on the GPU where one is used, else of the whole process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if not find_spec("resource"):  # Windows
         return math.nan
     import resource
@@ -935,7 +938,8 @@ def start_profiler(run_dir, device):
         os.replace(f"{path}.tmp.gz", path)
         kind = "CUDA" if device.type == "cuda" else "CPU"  # kernels, or operations
         rows = profiler.key_averages()
-        rows[:] = [row for row in rows if row.device_type.name == kind and not row.is_user_annotation]
+        rows[:] = [row for row in rows
+                   if row.device_type.name == kind and not row.is_user_annotation]
         print(rows.table(sort_by=f"self_{kind.lower()}_time_total", row_limit=15))
     if profile and rank == 0:
         profiler = torch.profiler.profile(

@@ -26,9 +26,9 @@
                                            perplexity of a run on story rows: of real tokens, and
                                            with padding counted
 
-train, speedrun and sample take --device=cuda. Every row alternates its candidates and gives medians;
-a line of JSON beside it says the same to programs, the first names the machine. Let nothing else
-run meanwhile.
+train, speedrun and sample take --device=cuda. Every row alternates its candidates and gives
+medians; a line of JSON beside it says the same to programs, the first names the machine. Let
+nothing else run meanwhile.
 """
 
 import csv
@@ -47,7 +47,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -245,7 +245,7 @@ def write_gguf(path, model, kind):
 
 def serve(pipe, *which):
     """Writes what it is asked for in a process of its own, where no other's threads spin."""
-    with torch.no_grad():
+    with torch.no_grad(), suppress(EOFError):  # at the end of the other's pipe
         write = writer(*which)
         while True:
             task = pipe.recv()
@@ -478,7 +478,7 @@ CUDA_SIZES = [  # label, steps, vocabulary, settings of both
 
 def on_a_gpu(folder, command):
     """Milliseconds of a step of a program that waits for the GPU in every twentieth, where it
-    logs: from the second line of its log to the last but one. And seconds to the first."""
+    logs: from the third line of its log to the last but one. And seconds to the first."""
     began, stamps = time.perf_counter(), []
     with subprocess.Popen([sys.executable, *command, "--log_interval=20"], cwd=folder, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -1,6 +1,7 @@
 """Fixtures: every test works in a folder of its own, and scripts run as `python script ...` would,
 but inside this process, which saves importing torch again each time."""
 
+import inspect
 import os
 import runpy
 import signal
@@ -115,14 +116,24 @@ def train(run, verse):
 class Replayed:
     """Stands in for model.CudaGraph where there is no GPU: what it records it calls."""
     def __init__(self, function, *inputs):
-        self.function, self.inputs = function, [x.clone() for x in inputs]
+        self.function, self.inputs, self.calls = function, [x.clone() for x in inputs], 0
         for _ in range(4):
             function(*self.inputs)
+        self.model = inspect.getclosurevars(function).nonlocals.get("raw")
+        self.gradients = self.places()
+
+    def places(self):
+        """Of the gradients of a model that is trained."""
+        return self.model and [id(p.grad) for p in self.model.parameters() if p.grad is not None]
 
     def __call__(self, *inputs):
+        assert self.places() == self.gradients, "a replay would write to other memory"
+        self.calls += 1
         for mine, new in zip(self.inputs, inputs):
             mine.copy_(new) if torch.is_tensor(new) else mine.fill_(new)
-        return self.function(*self.inputs)
+        output = self.function(*self.inputs)
+        self.gradients = self.places()
+        return output
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_a_token_graph_writes_the_same_text(changes, monkeypatch):
         return graphs[0]
 
     assert [new.tolist() for new in stream(model, prompt, 40, temperature=0)] == expected
-    assert graphs
+    assert graphs[0].graph.calls >= (35 if model.config.block_size == 16 else 1)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])

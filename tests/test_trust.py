@@ -270,6 +270,7 @@ def changed(path, change):
     lambda saved: saved["config"].update(n_layer="2"),
     lambda saved: saved["config"].update(harm=1),
     lambda saved: saved["model"].update({"wte.weight": torch.zeros(1, 1).expand(10 ** 6, 10 ** 6)}),
+    lambda saved: saved["model"].update({"wte.weight": torch.zeros(1, 1).expand(26, 16)}),
     lambda saved: saved["model"].update({"wte.weight": "x"}),
     lambda saved: saved.update(model=[]), lambda saved: saved.update(tokenizer={"kind": "gpt9"}),
     lambda saved: saved.update(tokenizer={"kind": "char", "vocabulary": 3}),
