@@ -187,7 +187,7 @@ def main(cleanup):
         """Computes the gradients of loss / parts, parts being the step's targets over the
         batch's, and adds them to those of its other batches. Returns loss / parts."""
         if gradient_accumulation_steps == 1:
-            raw.zero_grad()  # there are none: a graph that only writes is faster
+            raw.zero_grad()  # none to add to: a graph that only writes is faster
         share = forward(x, y)[1] / parts
         scaler.scale(share * world_size).backward()
         return share.detach()

@@ -12,8 +12,7 @@
     python tests/benchmark.py sample PATH  writing text with 124M random weights, against nanoGPT (a
                                            checkout at PATH) and, where installed, transformers,
                                            CTranslate2 and llama.cpp (llama-cpp-python and gguf)
-    python tests/benchmark.py levers --device=cuda
-                                           steps of train.py, one setting changed at a time
+    python tests/benchmark.py levers       steps of train.py on a GPU, one setting changed at a time
     python tests/benchmark.py encode FILE  encoding a file of stories: characters against a list
                                            comprehension, GPT-2's tokens on all cores against
                                            tiktoken on one, and learning 4096 tokens from it
@@ -695,9 +694,11 @@ if __name__ == "__main__":
     wanted = {"around": around, "attention": attention_kernels, "curves": curves, "dtype": dtype,
               "encode": encode, "kernels": kernels, "levers": levers, "padding": padding,
               "sample": sample, "speedrun": speedrun, "train": train, "trust": trust}
-    if "--device=cuda" in sys.argv:
-        sys.argv.remove("--device=cuda")
+    if "--device=cuda" in sys.argv or "levers" in sys.argv:
+        sys.argv = [argument for argument in sys.argv if argument != "--device=cuda"]
         DEVICE = "cuda"
+        if not torch.cuda.is_available():
+            sys.exit("there is no CUDA GPU here")
     if len(sys.argv) < 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     if sys.argv[1] not in ("train", "sample"):  # these begin with it
