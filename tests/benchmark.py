@@ -504,26 +504,31 @@ RUN = ["--bias=False", "--dataset=x", "--eval_iters=1"]
 OURS_ALONE = ["--overwrite=True", "--plot=False", "--eval_interval=0"]
 
 
+def cases(table, only, folder, nanogpt=""):
+    """For each size whose label has only in it: label, vocabulary, sizes and the settings of both
+    programs, whose data is then in folder, as are nanoGPT's scripts."""
+    for name in ("train.py", "model.py", "configurator.py") if nanogpt else ():
+        shutil.copy(Path(nanogpt) / name, folder)
+    for label, steps, vocabulary, sizes in table:
+        if only in label:
+            make_dataset(folder, vocabulary)
+            given = [f"--{name}={value}" for name, value in sizes.items()]
+            yield label, vocabulary, sizes, [*RUN, *given, f"--max_iters={steps}"]
+
+
 def train_on_a_gpu(nanogpt, only="", turns="1"):
     repo = Path(script.__file__).parent
     machine()
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("train.py", "model.py", "configurator.py"):
-            shutil.copy(Path(nanogpt) / name, folder)
-        for label, steps, vocabulary, sizes in CUDA_SIZES:
-            if only not in label:
-                continue
-            make_dataset(folder, vocabulary)
-            given = RUN + [f"--{name}={value}" for name, value in sizes.items()]
-            given += [f"--max_iters={steps}", "--device=cuda", "--dtype=bfloat16"]
+        for label, _, sizes, given in cases(CUDA_SIZES, only, folder, nanogpt):
+            given += ["--device=cuda", "--dtype=bfloat16"]
             times = {"nanoGPT": [], "ours": []}
             for _ in range(int(turns)):
                 times["nanoGPT"].append(on_a_gpu(folder, [
                     "train.py", *given, "--compile=True", "--gradient_accumulation_steps=1",
                     f"--eval_interval={10 ** 9}"]))
                 times["ours"].append(on_a_gpu(folder, [repo / "train.py", *given, *OURS_ALONE]))
-            tokens = sizes["batch_size"] * sizes["block_size"]
-            report_ms(label, times, tokens)
+            report_ms(label, times, sizes["batch_size"] * sizes["block_size"])
 
 
 def report_ms(label, times, tokens):
@@ -543,10 +548,8 @@ def levers():
     repo, changes = Path(script.__file__).parent, [
         "", "--cuda_graph=False", "--compile=false", "--deterministic=True", "--optimizer=muon"]
     with tempfile.TemporaryDirectory() as folder:
-        for label, steps, vocabulary, sizes in CUDA_SIZES[1:]:
-            make_dataset(folder, vocabulary)
-            given = RUN + OURS_ALONE + [f"--{name}={value}" for name, value in sizes.items()]
-            given += [f"--max_iters={steps}", "--device=cuda", "--dtype=bfloat16"]
+        for label, _, sizes, given in cases(CUDA_SIZES[1:], "", folder):
+            given += [*OURS_ALONE, "--device=cuda", "--dtype=bfloat16"]
             times = {change or "as it comes": [on_a_gpu(folder, [
                 repo / "train.py", *given, *change.split()])] for change in changes}
             report_ms(label, times, sizes["batch_size"] * sizes["block_size"])
@@ -557,19 +560,14 @@ def train(nanogpt, only="", turns="3"):
     if DEVICE == "cuda":
         return train_on_a_gpu(nanogpt, only, turns)
     ceiling = 1e12 * max(machine().values())
-    repo, common = Path(script.__file__).parent, [*RUN, "--device=cpu", "--log_interval=1"]
+    repo = Path(script.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("train.py", "model.py", "configurator.py"):
-            shutil.copy(Path(nanogpt) / name, folder)
-        for label, steps, vocabulary, sizes in SIZES:
-            if only not in label:
-                continue
-            make_dataset(folder, vocabulary)
-            given = common + [f"--{name}={value}" for name, value in sizes.items()]
+        for label, vocabulary, sizes, given in cases(SIZES, only, folder, nanogpt):
+            given += ["--device=cpu", "--log_interval=1"]
             commands = {
-                "nanoGPT": ["train.py", *given, f"--max_iters={steps}", "--compile=False",
+                "nanoGPT": ["train.py", *given, "--compile=False",
                             "--gradient_accumulation_steps=1", f"--eval_interval={10 ** 9}"],
-                "ours": [repo / "train.py", *given, f"--max_iters={steps}", *OURS_ALONE]}
+                "ours": [repo / "train.py", *given, *OURS_ALONE]}
             if not sizes["dropout"]:  # with dropout it takes longer
                 commands["compiled"] = [*commands["ours"], "--compile=true"]
             times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
