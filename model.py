@@ -336,14 +336,21 @@ def stream(model, ids, max_new_tokens, generators=None, eot=None, vocab_size=Non
             return
         ids = torch.cat((ids, new), dim=1)
 
-def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, top_k=0,
-                  top_p=1.0, min_p=0.0):
+def filter_logits(logits, seen=None, repetition_penalty=1.0, no_repeat_ngram=0, temperature=1.0,
+                  top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
     """(B, V) logits -> (B, V), -inf for ids that must not be sampled; seen (B, T) is the text.
     Example: of the probabilities (0.5, 0.3, 0.2) top_p=0.6 keeps the first two."""
     if repetition_penalty != 1:  # makes ids that were seen less likely (Keskar et al. 2019)
         old = logits.gather(1, seen)
         old = torch.where(old < 0, old * repetition_penalty, old / repetition_penalty)
         logits = logits.scatter(1, seen, old.nan_to_num())  # not infinite
+    if 0 < no_repeat_ngram <= seen.shape[1]:  # bars what would repeat n ids (Paulus et al. 2018)
+        spans = seen.unfold(1, no_repeat_ngram, 1)                       # (B, T - n + 1, n)
+        again = (spans[:, :, :-1] == spans[:, -1:, 1:]).all(dim=-1)      # those that begin so
+        limits = torch.where(again, -math.inf, math.inf).type_as(logits)
+        barred = logits.scatter_reduce(1, spans[:, :, -1], limits, "amin")
+        left = barred.amax(dim=-1, keepdim=True) > -math.inf
+        logits = torch.where(left, barred, logits)
     if temperature > 0:          # above 1 evens the probabilities out, below 1 sharpens them
         logits = logits - logits.amax(dim=-1, keepdim=True)  # so that the likeliest stays finite
         logits = logits / max(temperature, 1e-30)
@@ -353,15 +360,25 @@ def filter_logits(logits, seen=None, repetition_penalty=1.0, temperature=1.0, to
         kept, ids = logits.topk(min(top_k, logits.shape[1]))
         logits = torch.full_like(logits, -math.inf).scatter(1, ids, kept)
     if top_p < 1:                # the fewest that together reach p (Holtzman et al. 2020)
-        probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # the likelier ones are enough
-        beyond[:, 0] = False
-        logits = logits.masked_fill(beyond.scatter(1, ids, beyond), -math.inf)  # by id
+        logits = keep_fewest(logits, top_p, cost=-logits)
     if min_p > 0:                # those with this share of the largest (Nguyen et al. 2024)
         probs = logits.softmax(dim=-1)
         least = min_p * probs.amax(dim=-1, keepdim=True)
         logits = logits.masked_fill(probs < least, -math.inf)
+    if typical_p < 1:            # those about as surprising as expected (Meister et al. 2023)
+        surprise = -logits.log_softmax(dim=-1)
+        entropy = (surprise * logits.softmax(dim=-1)).nansum(dim=-1, keepdim=True)
+        logits = keep_fewest(logits, typical_p, cost=(surprise - entropy).abs())
     return logits
+
+def keep_fewest(logits, p, cost):
+    """(B, V) logits -> (B, V), -inf but for the fewest ids, the cheapest first, whose
+    probabilities add up to p; cost (B, V)."""
+    ids = cost.argsort(dim=-1)
+    probs = logits.softmax(dim=-1).gather(1, ids)
+    beyond = probs.cumsum(dim=-1) - probs >= p  # the cheaper ones are enough
+    beyond[:, 0] = False
+    return logits.masked_fill(beyond.scatter(1, ids, beyond), -math.inf)  # by id
 
 def sample_ids(logits, generators=None):
     """(B, V) logits -> (B, 1) ids, sampled from their softmax: a uniform random number of each

@@ -9,6 +9,7 @@
 import codecs
 import json
 import math
+import re
 import sys
 import time
 import warnings
@@ -19,6 +20,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -46,10 +48,12 @@ stop_at = ""             # a string that ends a sample, and is left out; \n is a
 seed = 1337              # the same seed and settings, the same text; sample n has seed + n
 # How the next token is sampled, in this order
 repetition_penalty = 1.0  # above 1 makes tokens that stand in the text already less likely
+no_repeat_ngram = 0      # as many tokens never come twice in the same order; 0: they may
 temperature = 0.8        # 0: always the likeliest token; 1: as the model learned; above: wilder
 top_k = 0                # among this many likeliest tokens; 0: among all
 top_p = 1.0              # among the fewest whose probabilities add up to this; 1: among all
-min_p = 0.0              # among those with this share of the largest probability; 0: all
+min_p = 0.0              # among those with this share of the largest probability, which adapts
+typical_p = 1.0          # among those about as surprising as expected that add up to this; 1: all
 # Beam search, without chance and with none of the above
 num_beams = 1            # texts kept side by side; 1: sample
 length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
@@ -74,6 +78,7 @@ def main():
     # Each token reads all weights from memory: half the bytes are faster, if there are many.
     with stop_on_error(2):
         set_dtype(model, dtype, device, max(num_samples, num_beams))
+    words = training_words(saved) if num_samples > 1 else set()
     read_token = None
     if compile.lower() == "true":
         read_token = tried("torch.compile", partial(compile_reading, model, device))
@@ -86,7 +91,7 @@ def main():
                 print(error, file=sys.stderr)
                 continue
             with stop_on_error():
-                write(model, tokenizer, ids, read_token)
+                write(model, tokenizer, ids, read_token, words)
         return
     with stop_on_error(2):
         ids = encode_prompt(tokenizer, unescape(start))
@@ -95,19 +100,20 @@ def main():
             ids = encode_prompt(tokenizer, unescape(saved.get("settings", {}).get("start", "")))
     print(f"{source}:", file=sys.stderr)
     with stop_on_error():
-        ids = write(model, tokenizer, ids.to(device), read_token)
+        ids = write(model, tokenizer, ids.to(device), read_token, words)
     if attention:
         plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to "
                                               f"those up to it (across)")
 
 def check_settings():
-    at_least(0, settings, "temperature", "top_k", "max_new_tokens", "seed")
+    at_least(0, settings, "temperature", "top_k", "no_repeat_ngram", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16", "int8")
     if not (init_from and Path(init_from).exists()):
         one_of(settings, "init_from", "resume", *PRETRAINED, "a folder or a .pt file")
     one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
-    require(0 < top_p <= 1, "--top_p must be above 0 and at most 1, which keeps all")
+    for name in ("top_p", "typical_p"):
+        require(0 < settings[name] <= 1, f"--{name} must be above 0 and at most 1, which keeps all")
     require(0 <= min_p < 1, "--min_p must be from 0, which keeps all, to below 1")
     require(seed < 2 ** 63, "--seed must be below 2 ** 63")
     require(abs(length_penalty) <= 50, "--length_penalty must be from -50 to 50")
@@ -175,52 +181,46 @@ def prompts():
 
 # ---- writing ----
 
-def write(model, tokenizer, ids, read_token=None):
-    """Prints ids (1, T) and what follows, num_samples times. Returns the ids of the first."""
+def write(model, tokenizer, ids, read_token=None, words=()):
+    """Prints ids (1, T) and what follows, num_samples times, and on stderr how fast that was, how
+    the texts ended and which words they have. Returns the ids of the first."""
     prompt = tokenizer.decode(ids[0].tolist()).removeprefix(EOT)
     shared = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size, "read_token": read_token}
-    if num_beams > 1:
-        out = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, **shared)
-        print(prompt, *map(Text(tokenizer).append, [*out[0, ids.shape[1]:].tolist(), None]), sep="")
-        return out[0].tolist()
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
-    new = stream(model, ids.repeat(num_samples, 1), max_new_tokens, generators, **shared,
-                 repetition_penalty=repetition_penalty, temperature=temperature,
-                 top_k=top_k, top_p=top_p, min_p=min_p)
     began = time.perf_counter()
-    rows = (print_one if num_samples == 1 else print_many)(new, tokenizer, prompt)
-    tokens, seconds = sum(map(len, rows)), time.perf_counter() - began
-    print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s",
-          file=sys.stderr)
-    return ids[0].tolist() + rows[0]
-
-def print_one(new, tokenizer, prompt):
-    """Prints a text as it comes, from an iterator of (1, 1) ids. Returns [its ids]."""
-    text = Text(tokenizer)
-    print(prompt, end="", flush=True)
-    for ids in new:
-        print(text.append(ids.item()), end="", flush=True)
-        if text.ended:
-            break
-    print(text.append())
-    return [text.ids]
-
-def print_many(new, tokenizer, prompt):
-    """Prints texts once all have ended, from an iterator of (B, 1) ids. Returns their ids."""
+    if num_beams > 1:
+        new = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, **shared)
+        new = new[0, ids.shape[1]:, None, None]
+    else:
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
+        new = stream(model, ids.repeat(num_samples, 1), max_new_tokens, generators, **shared,
+                     repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram,
+                     temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                     typical_p=typical_p)
     texts = [Text(tokenizer) for _ in range(num_samples)]
-    parts = [prompt] * num_samples
+    print_texts(new, texts, prompt)
+    tokens, seconds = sum(len(text.ids) for text in texts), time.perf_counter() - began
+    print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s",
+          *statistics(texts, prompt, words), sep="\n", file=sys.stderr)
+    return ids[0].tolist() + texts[0].ids
+
+def print_texts(new, texts, prompt):
+    """Prints texts from an iterator of (B, 1) ids: one alone as it comes, several once all have
+    ended."""
+    alone = len(texts) == 1
+    print(prompt * alone, end="", flush=True)
     for ids in new:
-        parts = [part + text.append(token)
-                 for part, text, token in zip(parts, texts, ids[:, 0].tolist())]
+        for text, token in zip(texts, ids[:, 0].tolist()):
+            print(text.append(token) * alone, end="", flush=alone)
         if all(text.ended for text in texts):
             break
-    print("\n----\n".join(part + text.append() for part, text in zip(parts, texts)))
-    return [text.ids for text in texts]
+    rest = [text.append() for text in texts]
+    print(*rest if alone else ["\n----\n".join(prompt + text.shown for text in texts)])
 
 class Text:
     """A text that comes token by token, each decoded once, up to its end or to stop_at."""
     def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.ended = tokenizer, [], False
+        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+        self.ended, self.by_itself = False, False
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.rest = ""  # what may become stop_at
 
@@ -231,14 +231,50 @@ class Text:
             return ""
         self.ids += [] if token is None else [token]
         self.ended = token in (None, self.tokenizer.eot)
+        self.by_itself = token is not None and self.ended
         new = b"" if self.ended else self.tokenizer.token(token)
         text = self.rest + self.decoder.decode(new, final=self.ended)
         if stop_at and stop_at in text:
-            self.ended, text = True, text[:text.index(stop_at)]
+            self.ended, self.by_itself, text = True, True, text[:text.index(stop_at)]
         ends = [n for n in range(1, len(stop_at)) if text.endswith(stop_at[:n]) and not self.ended]
         shown = len(text) - max(ends, default=0)
-        self.rest = text[shown:]
-        return text[:shown]
+        self.rest, text = text[shown:], text[:shown]
+        self.shown += text
+        return text
+
+WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]+(?:['’][^\W\d_]+)*(?=\W)")  # all of it, to its end
+
+def training_words(saved):
+    """The words, in lower case, of the first 5 million tokens that a model was trained on; none
+    where its dataset is not here."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        folder = Path("data", saved["settings"]["dataset"])
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if meta["tokenizer"] == saved["tokenizer"].spec:
+            ids = np.fromfile(folder / "train.bin", meta["dtype"], 5_000_000)
+            return set(WORD.findall(saved["tokenizer"].decode(ids).lower()))
+    return set()
+
+def statistics(texts, prompt, known):
+    """Yields sentences about texts: how many ended by themselves and, of several, how many pairs
+    of words are distinct and which share of the words is among those known."""
+    lengths = [len(text.ids) for text in texts if text.by_itself]
+    if stop_at or texts[0].tokenizer.eot is not None:
+        yield (f"{len(lengths)} of {len(texts)} ended by themselves"
+               + (f", after {np.mean(lengths):,.0f} tokens on average" if lengths else ""))
+    if len(texts) > 1:
+        rows = [WORD.findall((prompt + text.shown + " " * text.by_itself).lower(), len(prompt))
+                for text in texts]  # without a word that the prompt begins, and one cut off
+        pairs = [pair for row in rows for pair in zip(row, row[1:])]
+        words = [word for row in rows for word in row]
+        if pairs:
+            share = len(set(pairs)) / len(pairs)
+            yield f"{share:.1%} of {len(pairs):,} pairs of words are distinct"
+        if words and known:
+            share = sum(word in known for word in words) / len(words)
+            yield f"{share:.1%} of {len(words):,} words stand in the training text"
+        elif words:
+            yield "the training text is not here, to look up words in"
 
 @torch.no_grad()
 def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=None,

@@ -93,18 +93,23 @@ def kept(logits):
 
 @pytest.mark.parametrize("filters", [
     {"temperature": 0.7}, {"top_k": 5}, {"top_k": 1000}, {"top_p": 0.6}, {"top_p": 0.01},
-    {"min_p": 0.1}, {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
-    {"repetition_penalty": 1.3, "temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.05}])
+    {"min_p": 0.1}, {"typical_p": 0.3}, {"typical_p": 0.9}, {"no_repeat_ngram": 1},
+    {"no_repeat_ngram": 2}, {"no_repeat_ngram": 13}, {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6},
+    {"repetition_penalty": 1.3, "temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
+    {"repetition_penalty": 1.3, "no_repeat_ngram": 3, "temperature": 1.4, "top_k": 40,
+     "typical_p": 0.9}])
 def test_filters_are_those_of_transformers(filters):
     """The oracle is transformers, written by others: it must keep the same tokens, with the same
     probabilities."""
     transformers = pytest.importorskip("transformers")
     logits = 3 * torch.randn(20, 65, generator=torch.Generator().manual_seed(0))
-    seen = ids(20, 12)
+    seen = ids(20, 12) % 4  # so that some pairs come twice
     make = {"repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+            "no_repeat_ngram": transformers.NoRepeatNGramLogitsProcessor,
             "temperature": transformers.TemperatureLogitsWarper,
             "top_k": transformers.TopKLogitsWarper, "top_p": transformers.TopPLogitsWarper,
-            "min_p": transformers.MinPLogitsWarper}
+            "min_p": transformers.MinPLogitsWarper, "typical_p": transformers.TypicalLogitsWarper}
     expected = logits.clone()
     for name in make:
         if name in filters:
@@ -125,6 +130,27 @@ def test_top_p_keeps_the_fewest_that_reach_it_and_min_p_a_share_of_the_largest()
         assert kept(filter_logits(logits, top_p=top_p)) == [expected]
     for min_p, expected in ((0.0, {0, 1, 2, 3}), (0.3, {0, 1, 2}), (0.6, {0, 1}), (0.9, {0})):
         assert kept(filter_logits(logits, min_p=min_p)) == [expected]
+
+
+def test_typical_p_may_leave_out_the_likeliest():
+    logits = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()  # entropy 1.33; surprises 0.92, 1.61
+    assert kept(filter_logits(logits, typical_p=0.5)) == [{1, 2, 3}]
+    assert kept(filter_logits(logits, typical_p=0.7)) == [{0, 1, 2, 3}]
+
+
+def test_no_three_tokens_come_twice_in_the_same_order():
+    model, prompt = lively(), ids(4, 9)
+    for n in (1, 2, 3):
+        text = model.generate(prompt, 50, generators=seeded(4), temperature=0.3, no_repeat_ngram=n)
+        for row in text.tolist():
+            spans = list(zip(*(row[i:] for i in range(n))))
+            new = spans[9 - n + 1:]
+            assert len(set(new)) == len(new) == 50 and not set(new) & set(spans[:9 - n + 1])
+
+
+def test_where_each_token_would_repeat_all_may_come():
+    logits, seen = torch.zeros(2, 3), torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0]])
+    assert kept(filter_logits(logits, seen, no_repeat_ngram=1)) == [{0, 1, 2}, {2}]
 
 
 # ---- draws ----

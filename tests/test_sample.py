@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from conftest import one_sentence
 
 import model
-from model import GPT, ByteTokenizer, GPTConfig
+from model import GPT, ByteTokenizer, CharTokenizer, GPTConfig
 
 
 @pytest.fixture
@@ -136,6 +137,52 @@ def test_a_sample_stops_before_the_stop_string_each_row_on_its_own(sample):
     expected = [text[:prompt] + text[prompt:].partition(mark)[0] for text in whole]
     assert stopped.split("\n----\n") == expected and len(set(map(len, expected))) > 1
     assert sample(f"--stop_at={mark}").out.removesuffix("\n") == expected[0]
+
+
+def written(tokenizer, *texts, whole=True):
+    """Texts, each written by itself up to eot if whole."""
+    import sample as script
+    all = [script.Text(tokenizer) for _ in texts]
+    for text, content in zip(all, texts):
+        for token in [*tokenizer.encode(content).tolist(), *[tokenizer.eot] * whole, None]:
+            text.append(token)
+    return all
+
+
+def test_how_texts_ended_and_which_words_they_have():
+    """Known answers: of 4 + 4 words and 3 + 3 pairs, "the cat" comes twice, "zat" is none."""
+    import sample as script
+    byte = ByteTokenizer()
+    both = written(byte, "The cat sat. The", "the cat, zat it") + written(byte, "a", whole=False)
+    known = {"the", "cat", "sat", "it"}
+    assert list(script.statistics(both, "", known)) == [
+        "2 of 3 ended by themselves, after 16 tokens on average",
+        "83.3% of 6 pairs of words are distinct", "87.5% of 8 words stand in the training text"]
+    assert list(script.statistics(both[:1], "", known)) == [
+        "1 of 1 ended by themselves, after 17 tokens on average"]
+    assert list(script.statistics(both, "", set()))[2].startswith("the training text is not here")
+    silent = written(CharTokenizer("ab"), "ab", "ba", whole=False)  # has no eot, and no whole word
+    assert list(script.statistics(silent, "", known)) == []
+
+
+def test_words_that_are_half_the_prompts_or_cut_off_do_not_count():
+    import sample as script
+    texts = written(ByteTokenizer(), "me the cat's ca", "me it", whole=False)
+    assert list(script.statistics(texts, "Once upon a ti", {"the", "cat's"}))[1:] == [
+        "100.0% of 1 pairs of words are distinct", "100.0% of 2 words stand in the training text"]
+
+
+def test_several_samples_are_held_to_the_words_of_the_training_text(sample):
+    result = sample("--num_samples=3", "--stop_at=zzz")
+    assert "0 of 3 ended by themselves\n" in result.err
+    assert re.search(r"%.* of \d+ words stand in the training text", result.err)
+    assert "words" not in sample().err and "ended" not in sample().err  # which has no eot
+    Path("data").rename("elsewhere")
+    assert "the training text is not here" in sample("--num_samples=3").err
+
+
+def test_a_prompt_of_one_blank_is_a_prompt(sample):
+    assert sample("--start= ").out.startswith(" ")
 
 
 def test_what_is_shown_of_a_growing_text_is_never_taken_back(run, monkeypatch):
