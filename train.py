@@ -40,6 +40,7 @@ init_from = "scratch"        # or resume, gpt2 (-medium, -large, -xl), a folder,
 checkpoint = ""              # the file of a run to resume; empty: last.pt, to evaluate best.pt
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 eval_only = False            # evaluate every split, also by position in the context, and stop
+summary = False              # show each tensor, shape, FLOPs and memory, and stop
 overwrite = False            # a new run may replace the one in out_dir
 # Length
 max_iters = 5000             # steps
@@ -94,7 +95,7 @@ sample_interval = 0          # steps between samples of the model's text; 0: non
 start = ""                   # what those samples continue; FILE:prompt.txt reads a file
 save_interval = 0            # steps between saves of last.pt, besides those of evaluations
 snapshot_interval = 0        # steps between kept copies step_N.pt; 0: none
-log_grad_norms = False       # each layer's, too: grad_norms.csv, a heat map in loss.png
+log_grad_norms = False       # each layer's, and update / weight: grad_norms.csv, maps in loss.png
 profile = 0                  # steps to trace, after three of warm-up: trace.json.gz, a table
 plot = True                  # loss.png at each evaluation, where matplotlib is installed
 wandb_log = False            # the log's figures to Weights & Biases, too
@@ -134,7 +135,11 @@ def main(cleanup):
 
     # ---- the data ----
     meta, tokenizer, data = load_dataset(Path("data", dataset))
-    floor = meta["splits"]["val"].get("nats_per_token")  # the text's own entropy, if known
+    guesses = baselines(data["train"].tokens, data["val"].tokens, tokenizer.vocab_size)
+    print("loss of val by counts of train: " + ", ".join(
+        f"{name} {loss:.4f}" for name, loss in guesses.items()))
+    if floor := meta["splits"]["val"].get("nats_per_token"):
+        guesses["entropy of the text"] = floor
     checksums = {split: zlib.crc32(rows.tokens) for split, rows in data.items()}
     # Ids that pad the vocabulary stand in no text: the model learns that they are unlikely.
     padded = math.ceil(tokenizer.vocab_size / vocab_multiple) * vocab_multiple
@@ -146,7 +151,8 @@ def main(cleanup):
 
     # ---- the model: of a run, new, or with the weights of others ----
     # A resumed run is the same run by these alone: batches and random numbers follow from step.
-    progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, stale=0, skipped=0,
+    progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, best_train=math.nan,
+                    best_accuracy=math.nan, stale=0, skipped=0,
                     steps=0)  # that max_minutes allows, once some have been timed
     source, states, saved = init_from, [], {}
     if init_from == "resume":
@@ -222,13 +228,15 @@ def main(cleanup):
     minutes = ((steps - first) * each_step + evaluations * each_evaluation) / 60
     moments = 8 * raw.num_params()  # AdamW's, not there yet
     print(f"about {minutes:,.1f} min and {(peak_memory(device) + moments) / 1e9:.1f} GB here")
+    if summary:
+        return print_modules(raw, autocast, data["train"], device)
     profiler = start_profiler(run_dir, device)
     if rank == 0:
         open_run(run_dir, first)
     signals, stopped_by = cleanup.enter_context(catch_signals()), 0
     began = time.time() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
-        log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, floor)
+        log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, guesses)
         each_evaluation = time.time() - began
     intervals = (log_interval or 10, evaluate_every, save_interval, sample_interval,
                  snapshot_interval)
@@ -258,7 +266,9 @@ def main(cleanup):
         # Undo float16's scale, then clip: scale the gradients down to a norm of grad_clip.
         for opt in optimizers:
             scaler.unscale_(opt)
-        by_layer = norms_by_layer(raw) if log_grad_norms and every(log_interval, done) else {}
+        watched = log_grad_norms and every(log_interval, done)
+        by_layer = norms_by_layer(raw, [p.grad for p in parameters]) if watched else {}
+        before = [p.detach().clone() for p in parameters] if watched else []
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         grad_norm = total.item() if sync else math.inf  # unknown: clips, by 1 where it is small
         if 0 < grad_clip < grad_norm:
@@ -275,6 +285,8 @@ def main(cleanup):
                 opt.zero_grad(set_to_none=not graphed)  # a graph adds to the same tensors
         scaler.update()
         progress["skipped"] += overflow
+        if watched:
+            by_layer |= update_sizes(raw, before)
         if profiler:
             profiler.step()
         if not sync:
@@ -301,10 +313,11 @@ def main(cleanup):
             row |= losses(raw, autocast, data, device)
             progress["stale"] += 1
             if row["val"] < progress["best_loss"]:
-                progress |= {"best_loss": row["val"], "best_step": done, "stale": 0}
+                progress |= {"best_step": done, "stale": 0, "best_loss": row["val"],
+                             "best_train": row["train"], "best_accuracy": row["accuracy"]}
                 names.append("best.pt")
         if every(log_interval, done) or "val" in row:
-            log(row, run_dir, floor, by_layer)
+            log(row, run_dir, guesses, by_layer)
         if every(sample_interval, done) and rank == 0:
             with stop_on_error():
                 write_sample(raw, tokenizer, prompt.to(device), done, run_dir / "samples.txt")
@@ -327,7 +340,7 @@ def main(cleanup):
     if profiler:
         profiler.stop()
 
-    print_summary(progress, rows, meta["splits"]["val"], run_dir, raw, device)
+    print_result(progress, rows, meta["splits"]["val"], guesses, run_dir, raw, device)
     if stopped_by:
         print("to go on, give the same command with --init_from=resume")
         return 128 + stopped_by
@@ -348,9 +361,9 @@ def check_settings(run_dir):
     require(gradient_accumulation_steps % world_size == 0,
             f"--gradient_accumulation_steps must be a multiple of the {world_size} processes")
     require(not wandb_log or find_spec("wandb"), "--wandb_log=True needs pip install wandb")
-    require(init_from == "resume" or eval_only or overwrite or not any(run_dir.glob("*.pt")),
-            f"{run_dir} holds a run: give --init_from=resume, --overwrite=True or another "
-            f"--out_dir")
+    new = init_from != "resume" and not eval_only and not summary
+    require(overwrite or not new or not any(run_dir.glob("*.pt")), f"{run_dir} holds a run: give "
+            f"--init_from=resume, --overwrite=True or another --out_dir")
     if rank == 0 and plot and not find_spec("matplotlib"):
         print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
 
@@ -441,6 +454,27 @@ def read_rows(rows, spans, device):
     if torch.device(device).type == "cuda":  # out of pinned memory while Python goes on
         return [ids.pin_memory().to(device, non_blocking=True) for ids in pair]
     return [ids.to(device) for ids in pair]
+
+def baselines(train, val, vocab_size, size=2 ** 23):
+    """{name: mean nats per token of val, (N,) ids} of guesses that only count: all V tokens alike;
+    each by its share of train; by its share behind the token before it. Each count is one more,
+    so that none is 0. Of the first 100 million ids of train and 5 of val, size at a time."""
+    train, val = train[:100_000_000], val[:5_000_000]
+    kind = np.uint32 if vocab_size <= 2 ** 16 else np.uint64
+    pairs, times = np.unique(val[:-1].astype(kind) * vocab_size + val[1:], return_counts=True)
+    first, both = np.zeros(vocab_size, int), np.zeros(len(pairs), int)  # n(a), n(a, b)
+    for start in range(0, len(train) - 1, size):
+        ids = train[start:start + size + 1]
+        first += np.bincount(ids[:-1], minlength=vocab_size)
+        found = ids[:-1].astype(kind) * vocab_size
+        found += ids[1:]
+        found.sort()                                  # what is equal stands side by side
+        both += found.searchsorted(pairs, "right") - found.searchsorted(pairs, "left")
+    a, b = pairs // vocab_size, pairs % vocab_size
+    alone = first[b] + (b == train[-1])               # n(b), also of the last
+    return {"uniform": math.log(vocab_size),
+            "unigram": np.average(np.log((len(train) + vocab_size) / (alone + 1)), weights=times),
+            "bigram": np.average(np.log((first[a] + vocab_size) / (both + 1)), weights=times)}
 
 def random_seed(purpose, *indices):
     """64 random bits that follow from (seed, purpose, indices) alone, never from history."""
@@ -580,22 +614,29 @@ def eval_batches(rows, device, max_batches):
 
 @torch.no_grad()
 def evaluate(forward, rows, device="cpu", max_batches=0):
-    """Mean nats per token of a split."""
-    nats = counted = 0
+    """Mean nats per token of a split, and the share of its tokens that were the likeliest."""
+    nats = right = counted = 0
     for x, y in eval_batches(rows, device, max_batches):
+        logits, loss = forward(x, y)
         n = (y >= 0).sum().item()
-        nats, counted = nats + forward(x, y)[1].item() * n, counted + n
-    nats, counted = summed(device, nats, counted)
-    return nats / counted
+        nats, counted = nats + loss.item() * n, counted + n
+        right += (logits.max(dim=-1).indices == y).sum().item()  # a third of argmax's time
+    nats, right, counted = summed(device, nats, right, counted)
+    return nats / counted, right / counted
 
 @torch.compiler.set_stance("force_eager")  # else a graph is compiled for the other shapes
 def losses(raw, autocast, data, device):
-    """{"train", "val"} losses in nats per token: of eval_iters batches or of all of val."""
+    """{"train", "val"} losses in nats per token, of eval_iters batches or of all of val, and val's
+    perplexity, "ppl", and "accuracy"."""
     forward = autocast(raw.eval().forward)
     most = {"train": eval_iters or math.ceil(data["val"].number / batch_size), "val": eval_iters}
-    results = {split: evaluate(forward, data[split], device, most[split]) for split in most}
+    (train, _), (val, accuracy) = (evaluate(forward, data[split], device, number)
+                                   for split, number in most.items())
     raw.train()
-    return results
+    return {"train": train, "val": val, "ppl": perplexity(val), "accuracy": accuracy}
+
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf  # the number of tokens it hesitates among
 
 def bits_per(unit, loss, counts):
     """Nats per token -> bits per one of a split's characters, or bytes."""
@@ -641,7 +682,8 @@ def restore(stateful, states, path):
 
 COLUMNS = {  # name: (width, format)
     "step": (8, ",d"), "loss": (9, ".4f"), "train": (9, ".4f"), "val": (9, ".4f"),
-    "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"), "tok/s": (11, ",.0f"),
+    "ppl": (10, ",.2f"), "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"),
+    "tok/s": (10, ",.0f"),
     "elapsed": (9, ",.0f"), "eta": (9, ",.0f")}  # the last two in seconds
 FILES = ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "grad_norms.csv", "loss.png",
          "loss_by_position.png", "trace.json.gz", "samples.txt", "wandb.txt")
@@ -668,7 +710,7 @@ def open_run(run_dir, step):
                          config=settings, resume="allow")
         path.write_text(run.id)
 
-def log(row, run_dir, floor, by_layer={}):
+def log(row, run_dir, guesses, by_layer={}):
     """Shows a row and keeps it in metrics.csv, grad_norms.csv (by_layer), loss.png and wandb."""
     try:
         print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
@@ -682,16 +724,20 @@ def log(row, run_dir, floor, by_layer={}):
     if by_layer:
         append_row(run_dir / "grad_norms.csv", ["step", *by_layer], row | by_layer)
     if plot and find_spec("matplotlib") and math.isfinite(row.get("val", math.nan)):
-        plot_curves(run_dir, floor)
+        plot_curves(run_dir, guesses)
     if wandb_log:
         import wandb
         wandb.log(row | by_layer, step=row["step"])
 
 def append_row(path, columns, row):
-    """Appends the columns of a row to a csv file; what the row lacks stays blank."""
-    values = [row.get(name, "") for name in columns]
-    with open(path, "a") as file:
-        if file.tell() == 0:
+    """Appends the columns of a row to a csv file, or those that it has; what the row lacks stays
+    blank."""
+    with open(path, "a+") as file:
+        file.seek(0)
+        head = file.readline().strip()
+        columns = head.split(",") if head else columns
+        values = [row.get(name, "") for name in columns]
+        if not head:
             print(*columns, sep=",", file=file)
         print(*(f"{v:.6g}" if type(v) is float else v for v in values), sep=",", file=file)
 
@@ -713,8 +759,9 @@ def write_sample(raw, tokenizer, ids, step, path):
 PEAKS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "A100": 312e12, "H100 PCIe": 756e12,
          "H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12}
 
-def print_summary(progress, rows, counts, run_dir, raw, device):
-    """The last lines of a run: its best loss, its speed, its share of the GPU's peak (MFU)."""
+def print_result(progress, rows, counts, guesses, run_dir, raw, device):
+    """The last lines of a run: its best loss beside that of others, its speed, its share of the
+    GPU's peak (MFU)."""
     done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
     speed = done * rows * block_size / max(seconds, 1e-9)  # tokens/s
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -725,26 +772,32 @@ def print_summary(progress, rows, counts, run_dir, raw, device):
         print(f"stopped after {progress['stale']} evaluations without a better val loss")
     if progress["best_step"]:
         print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
-              f"{math.exp(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per "
-              f"character, in {run_dir}/best.pt")
+              f"{perplexity(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per "
+              f"character, accuracy {progress['best_accuracy']:.1%}")
+        print(f"train loss {progress['best_train']:.4f} there, a gap of "
+              f"{loss - progress['best_train']:.4f}; in {run_dir}/best.pt")
         if floor := counts.get("nats_per_token"):
             print(f"the text's entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
+        if loss > guesses["bigram"]:
+            print(f"above the {guesses['bigram']:.4f} of a bigram: it has not learned to look further"
+                  f" back than one token, train longer")
     if progress["skipped"]:
         print(f"{progress['skipped']:,} steps skipped, whose float16 gradients overflowed")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: {speed:,.0f} tokens/s, "
           f"MFU {mfu}, peak memory {peak_memory(device) / 1e6:,.0f} MB")
 
-def plot_curves(run_dir, floor=None):
-    """Draws loss.png: losses, the text's own entropy (floor), learning rate, gradient norms."""
+def plot_curves(run_dir, guesses):
+    """Draws loss.png: losses, with those of guesses beside them; learning rate, gradient norm;
+    and by layer gradient norm and update / weight."""
     from matplotlib.figure import Figure
     paths = [path for path in (run_dir / "metrics.csv", run_dir / "grad_norms.csv")
              if path.is_file() and path.read_text().count("\n") > 1]  # a head and rows
     rows, *norms = [np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
                     for path in paths]
     rows = rows[1:] if len(rows) > 2 else rows  # step 0 would flatten the rest
-    figure = Figure(figsize=(8, 3 + 3 * len(paths)), dpi=100, layout="constrained")
-    top, bottom, *third = figure.subplots(1 + len(paths), sharex=True,
-                                          height_ratios=(2, 1, 1.4)[:1 + len(paths)])
+    figure = Figure(figsize=(8, 6 * len(paths)), dpi=100, layout="constrained")
+    top, bottom, *maps = figure.subplots(2 * len(paths), sharex=True,
+                                         height_ratios=(2, 1, 1.4, 1.4)[:2 * len(paths)])
     for axes, name, label, color, marker in (  # colours that the colour-blind tell apart, too
             (top, "loss", "training batches", "#999999", ""),
             (top, "train", "train", "#0072B2", "."), (top, "val", "validation", "#D55E00", "."),
@@ -756,8 +809,8 @@ def plot_curves(run_dir, floor=None):
     best = rows[np.nanargmin(rows["val"])]
     top.plot(best["step"], best["val"], "k*", markersize=12,
              label=f"best: {best['val']:.4f} at {best['step']:,.0f}")
-    if floor:
-        top.axhline(floor, color="k", linestyle=":", label=f"entropy of the text: {floor:.4f}")
+    for (name, loss), style in zip(guesses.items(), ("-", "--", "-.", ":")):
+        top.axhline(loss, color="k", linestyle=style, lw=0.6, label=f"{name}: {loss:.4f}")
     if len(rows) > 1:
         top.set_ylim(None, 1.1 * np.nanmax(rows["val"]))  # the first batches lie far above
     perplexity = top.secondary_yaxis("right", ylabel="perplexity")
@@ -765,10 +818,13 @@ def plot_curves(run_dir, floor=None):
     top.set(title=f"{run_dir}: loss by step", ylabel="nats per token")
     top.yaxis.label.set_color("k")
     top.legend()
-    for axes, table in zip(third, norms):
-        step, *layers = table.dtype.names
-        heat = axes.pcolormesh(table[step], layers, [table[name] for name in layers], norm="log")
-        figure.colorbar(heat, ax=axes, label="gradient norm by layer", location="bottom")
+    for axes, label, ratio in zip(maps, ("gradient norm", "update / weight"), (False, True)):
+        step, *names = norms[0].dtype.names
+        names = [name for name in names if name.startswith("update/") == ratio]
+        layers = [name.removeprefix("update/") for name in names]
+        heat = axes.pcolormesh(norms[0][step], layers, [norms[0][name] for name in names],
+                               norm="log")
+        figure.colorbar(heat, ax=axes, label=f"{label} by layer", location="bottom")
     with atomic_write(run_dir / "loss.png") as file:
         figure.savefig(file, format="png")
 
@@ -880,13 +936,47 @@ def peak_memory(device):
 
 # ---- looking closer: gradient norms, loss by position, a profile ----
 
-def norms_by_layer(raw):
-    """{layer: norm of its gradient}, 0 if it has none; the squares add up to that of all."""
+def norms_by_layer(raw, tensors):
+    """{layer: norm} of tensors that belong to a model's parameters, such as gradients; None counts
+    as 0. The squares add up to that of all."""
     layers = {}
-    for name, p in raw.named_parameters():
-        layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(p.grad)
-    return {layer: nn.utils.get_total_norm([g for g in grads if g is not None]).item()
-            for layer, grads in layers.items()}
+    for (name, _), tensor in zip(raw.named_parameters(), tensors):
+        layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(tensor)
+    return {layer: nn.utils.get_total_norm([t for t in tensors if t is not None]).item()
+            for layer, tensors in layers.items()}
+
+@torch.no_grad()
+def update_sizes(raw, before):
+    """{"update/layer": norm of its last update / norm of its weights before it}."""
+    weights = norms_by_layer(raw, before)
+    updates = norms_by_layer(raw, [p - old for p, old in zip(raw.parameters(), before)])
+    return {f"update/{layer}": updates[layer] / max(weights[layer], 1e-30) for layer in weights}
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def print_modules(raw, autocast, rows, device):
+    """The table of --summary=True: each module in the order of its work, with the shape of what it
+    gives for a batch, and its tensors; then FLOPs and memory."""
+    total, names, seen = raw.num_params(), {}, set()
+
+    def show(module, _, output):
+        print(f"{names[module]:<32}{str(tuple(output.shape)):>20}")
+        for name, p in module.named_parameters(names[module], recurse=False):
+            count = p.numel() * p.requires_grad * (p not in seen)  # 0: fixed, or tied to another
+            seen.add(p)
+            print(f"    {name:<28}{str(tuple(p.shape)):>20}{count:>14,}{count / total:>9.2%}")
+
+    print(f"{'module, and its tensors':<32}{'shape':>20}{'parameters':>14}{'share':>9}")
+    for name, module in raw.eval().named_modules():
+        names[module] = name
+        if any(True for _ in module.parameters()):
+            module.register_forward_hook(show)
+    autocast(raw.forward)(*read_rows(rows, row_spans(rows, 0, 0), device))
+    flops, tokens = raw.flops_per_token(), batch_size * gradient_accumulation_steps * block_size
+    print(f"{total:,} parameters; to train {flops / 1e6:,.1f} MFLOPs a token, "
+          f"{flops * tokens / 1e9:,.1f} GFLOPs a step of {tokens:,}")
+    print(f"weights and gradients {4e-6 * total:,.1f} MB each, AdamW's moments twice that, "
+          f"peak memory so far {peak_memory(device) / 1e6:,.0f} MB")
 
 @torch.no_grad()
 def evaluate_positions(forward, rows, device="cpu", max_batches=0):

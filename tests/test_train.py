@@ -9,17 +9,18 @@ import os
 import pickle
 import re
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, Replayed, one_sentence
+from conftest import REPO, TINY, VERSE, Replayed, one_sentence
 
 import model
 import train as script
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, CharTokenizer, GPTConfig, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -122,7 +123,8 @@ def test_padding_counts_neither_in_loss_nor_in_accuracy(small):
             correct += logits[t].argmax().item() == token
             counted += 1
     rows = small.Documents(FLAT, EOT)
-    assert small.evaluate(model, rows) == pytest.approx(loss / counted, abs=1e-6)
+    found = small.evaluate(model, rows)
+    assert found == pytest.approx((loss / counted, correct / counted), abs=1e-6)
     sums = small.evaluate_positions(model, rows).sum(dim=1).tolist()
     assert sums == pytest.approx([loss, correct, counted], abs=1e-5)
 
@@ -149,7 +151,8 @@ def test_evaluation_is_the_token_by_token_sum(small):
         nats = -logits.log_softmax(dim=-1)[tokens[t]].item()
         sums[:, position] += torch.tensor([nats, logits.argmax().item() == tokens[t], 1])
     rows = small.Windows(tokens)
-    assert small.evaluate(model, rows) == pytest.approx(sums[0].sum().item() / 99, abs=1e-6)
+    expected = (sums[0].sum().item() / 99, sums[1].sum().item() / 99)
+    assert small.evaluate(model, rows) == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(small.evaluate_positions(model, rows), sums, atol=1e-5, rtol=1e-6)
 
 
@@ -218,6 +221,118 @@ def test_progress_is_for_terminals_only(small, monkeypatch, capsys):
     small.evaluate(model, rows)
     err = capsys.readouterr().err
     assert "\revaluating, row 0 of 1,125" in err and err.endswith("\r" + " " * 79 + "\r")
+
+
+def test_the_last_lines_say_perplexity_accuracy_and_the_gap(train):
+    """As the table of eval_only has them, which adds up tokens by position."""
+    out = train("--eval_iters=0").out
+    found = re.search(r"best val loss (\S+) at step 6: perplexity (\S+), \S+ bits per character, "
+                      r"accuracy (\S+)\ntrain loss (\S+) there, a gap of (\S+); in", out)
+    loss, perplexity, accuracy, train_loss, gap = found.groups()
+    table = train("--eval_iters=0", "--init_from=resume", "--eval_only=True").out
+    val = next(line.split() for line in table.splitlines() if line.startswith("    val"))
+    assert (loss, perplexity, accuracy) == (val[2], val[3], f"{float(val[6][:-1]):.1f}%")
+    assert float(loss) - float(train_loss) == pytest.approx(float(gap), abs=1.1e-4)
+    for row in metrics():
+        if row["val"]:
+            assert float(row["ppl"]) == pytest.approx(math.exp(float(row["val"])), rel=1e-4)
+
+
+def test_a_loss_beyond_all_perplexity_is_no_error():
+    assert script.perplexity(1.0) == math.e and script.perplexity(1000.0) == math.inf
+
+
+def test_a_run_goes_on_with_the_columns_of_a_table_that_has_fewer(train):
+    pytest.importorskip("matplotlib")
+    train("--max_iters=3", "--lr_decay_iters=6")
+    path = Path("out/tiny/metrics.csv")
+    rows = [row.split(",") for row in path.read_text().splitlines()]
+    at = rows[0].index("ppl")
+    path.write_text("".join(",".join(row[:at] + row[at + 1:]) + "\n" for row in rows))
+    train("--init_from=resume", "--lr_decay_iters=6", "--plot=True")
+    assert [row["step"] for row in metrics()] == list("0123456") and "ppl" not in metrics()[0]
+    assert float(metrics()[6]["val"]) > 0 and Path("out/tiny/loss.png").exists()
+
+
+# ---- what counts alone can do ----
+
+def counted_by_hand(train, val, V):
+    singles, firsts = Counter(train), Counter(train[:-1])
+    pairs = Counter(zip(train, train[1:]))
+    steps = list(zip(val, val[1:]))
+    unigram = [(singles[b] + 1) / (len(train) + V) for a, b in steps]
+    bigram = [(pairs[a, b] + 1) / (firsts[a] + V) for a, b in steps]
+    return {"uniform": math.log(V), "unigram": -math.fsum(map(math.log, unigram)) / len(steps),
+            "bigram": -math.fsum(map(math.log, bigram)) / len(steps)}
+
+
+@pytest.mark.parametrize("V, dtype", [(2, np.uint16), (65, np.uint16), (4096, np.uint16),
+                                      (50_257, np.uint16), (65_536, np.uint16),
+                                      (100_000, np.uint32)])
+def test_the_loss_of_counts_is_that_of_a_count_by_hand(V, dtype):
+    """Some pairs of val never stand in train, and the last token of train follows one alone."""
+    rng = np.random.default_rng(V)
+    train, val = (np.minimum(rng.zipf(1.3, size) - 1, V - 1).astype(dtype)
+                  for size in (20_000, 3_000))
+    train[-1] = val[7] = V - 1
+    expected = counted_by_hand(train.tolist(), val.tolist(), V)
+    for size in (2 ** 23, 777):  # at once, and in parts
+        assert script.baselines(train, val, V, size) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_loss_of_counts_of_shakespeare_is_that_of_a_count_by_hand(tiny_shakespeare):
+    text = Path(tiny_shakespeare).read_text()
+    ids = CharTokenizer("".join(sorted(set(text)))).encode(text).astype(np.uint16)
+    train, val = np.split(ids, [9 * len(ids) // 10])
+    expected = counted_by_hand(train.tolist(), val.tolist(), 65)
+    assert script.baselines(train, val, 65) == pytest.approx(expected, abs=1e-9)
+    assert 2.4 < expected["bigram"] < 2.5
+
+
+def test_a_run_shows_what_counts_would_do_and_says_if_it_does_no_better(train):
+    pytest.importorskip("matplotlib")
+    out = train("--plot=True").out
+    names = dict(re.findall(r"(uniform|unigram|bigram) (\d\.\d{4})", out))
+    assert list(names) == ["uniform", "unigram", "bigram"]
+    assert f"above the {names['bigram']} of a bigram" in out  # six steps are few
+
+
+@pytest.mark.parametrize("loss, said", [(1.99, False), (2.01, True)])
+def test_only_a_run_that_ends_above_a_bigram_is_told_so(capsys, loss, said):
+    progress = {"step": 10, "seconds": 2.0, "best_loss": loss, "best_train": 1.5, "stale": 0,
+                "best_accuracy": 0.5, "skipped": 0, "best_step": 10}
+    script.print_result(progress, 10 ** 6, {"tokens": 9, "characters": 9}, {"bigram": 2.0}, Path(),
+                        GPT(GPTConfig(256, 65, 2, 2, 16)), torch.device("cpu"))
+    assert ("of a bigram" in capsys.readouterr().out) == said
+
+
+# ---- a summary ----
+
+def test_a_summary_shows_each_tensor_and_state_and_writes_nothing(train):
+    result = train("--summary=True", "--out_dir=out/new", "--tied=False", "--overwrite=False")
+    assert result.status == 0 and not Path("out/new").exists()
+    vocab_size = len(set(VERSE))
+    model = GPT(GPTConfig(16, vocab_size, 2, 2, 16, tied=False))
+    rows = [line.rsplit(")", 1) for line in result.out.splitlines() if line.startswith("    ")]
+    shown = {left.split("(")[0].strip(): (left.split("(")[1], right.split()) for left, right in rows}
+    assert shown.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        shape, (count, share) = shown[name]
+        assert shape.rstrip(",") == ", ".join(map(str, p.shape)) and int(count.replace(",", "")) == \
+            p.numel() and share == f"{p.numel() / model.num_params():.2%}"
+    states = dict(re.findall(r"^(\S+) +\((.+)\)$", result.out, re.MULTILINE))
+    assert states["wte"] == states["h.1"] == states["h.0.attn"] == "4, 16, 16"
+    assert states["h.0.mlp.c_fc"] == "4, 16, 64" and states["lm_head"] == f"4, 16, {vocab_size}"
+    assert f"{model.num_params():,} parameters; to train" in result.out
+
+
+def test_a_summary_counts_a_tied_matrix_once_and_leaves_a_run_as_it_is(train):
+    train()
+    before = {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
+    out = train("--summary=True", "--overwrite=False").out
+    counts = [int(number.replace(",", "")) for number in re.findall(r"\) +([\d,]+) +\S+%", out)]
+    assert f"{sum(counts):,} parameters; to train" in out
+    assert before == {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
 
 
 # ---- optimizers and schedule ----
@@ -292,7 +407,7 @@ def test_mfu_is_held_against_the_gpu_by_name(monkeypatch, capsys):
     for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12,
                        "NVIDIA L4": 121e12, "NVIDIA L40S": 0, "Some GPU": 0}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda target, name=name: name)
-        script.print_summary(progress, 10 ** 6, {}, Path(), raw, torch.device("cuda"))
+        script.print_result(progress, 10 ** 6, {}, {}, Path(), raw, torch.device("cuda"))
         share = peak and raw.flops_per_token() * 10 ** 7 * script.block_size / 2 / peak
         expected = f"{share:.1%}" if peak else "n/a"
         assert f"MFU {expected}," in capsys.readouterr().out
@@ -320,22 +435,39 @@ def test_an_evaluation_that_is_not_finite_is_a_sentence_not_a_picture(train, mon
     one_sentence(train("--plot=True"), 1, "step 3: val is nan")
 
 
+LAYERS = ["wte", "wpe", "h.0", "h.1", "ln_f"]
+
+
 def test_gradient_norms_by_layer_add_up_and_go_on_where_a_run_does(train):
     train("--log_grad_norms=True", "--max_iters=3", "--lr_decay_iters=6")
     train("--log_grad_norms=True", "--init_from=resume", "--lr_decay_iters=6")
     rows = metrics(name="grad_norms.csv")
-    assert list(rows[0]) == ["step", "wte", "wpe", "h.0", "h.1", "ln_f"]
-    assert [row.pop("step") for row in rows] == list("123456")
+    assert list(rows[0]) == ["step", *LAYERS, *(f"update/{layer}" for layer in LAYERS)]
+    assert [row["step"] for row in rows] == list("123456")
     for row, whole in zip(rows, metrics()[1:], strict=True):
         whole_norm = float(whole["norm"])
-        assert math.hypot(*map(float, row.values())) == pytest.approx(whole_norm, rel=1e-4)
+        assert math.hypot(*(float(row[layer]) for layer in LAYERS)) == pytest.approx(
+            whole_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_is_measured_against_the_weights_before_it(train, optimizer):
+    train("--log_grad_norms=True", "--snapshot_interval=1", f"--optimizer={optimizer}")
+    rows = metrics(name="grad_norms.csv")
+    for step in range(2, 7):
+        before, after = weights(f"step_{step - 1}.pt"), weights(f"step_{step}.pt")
+        for layer in LAYERS:
+            names = [name for name in before if name.startswith(layer + ".")]
+            moved = math.hypot(*((after[name] - before[name]).norm().item() for name in names))
+            size = math.hypot(*(before[name].norm().item() for name in names))
+            assert float(rows[step - 1][f"update/{layer}"]) == pytest.approx(moved / size, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [["--layerdrop=0.5"], ["--max_iters=1"]])
 def test_gradient_norms_are_drawn_below_the_curves(train, options):
     pytest.importorskip("matplotlib")
     assert train("--plot=True", "--log_grad_norms=True", *options).status == 0
-    assert int.from_bytes(Path("out/tiny/loss.png").read_bytes()[20:24]) == 900
+    assert int.from_bytes(Path("out/tiny/loss.png").read_bytes()[20:24]) == 1200
 
 
 def test_a_profile_is_a_trace_and_a_table(train):
@@ -603,6 +735,8 @@ def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_clo
     assert len(found) == 3 and 2 * floor < found[0] and floor < found[-1] < found[1] < found[0]
     assert f"0 of them cut, entropy {floor:.4f}: no honest loss is lower" in done.out
     assert f"entropy is {floor:.4f}, the loss {found[-1] / floor - 1:.1%} above" in done.out
+    pairs = float(re.search(r"bigram (\S+)", done.out)[1])
+    assert (found[-1] > pairs) == ("of a bigram" in done.out)
 
 
 def test_where_stories_are_cut_no_floor_is_claimed(tell):
