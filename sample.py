@@ -52,7 +52,7 @@ no_repeat_ngram = 0      # as many tokens never come twice in the same order; 0:
 temperature = 0.8        # 0: always the likeliest token; 1: as the model learned; above: wilder
 top_k = 0                # among this many likeliest tokens; 0: among all
 top_p = 1.0              # among the fewest whose probabilities add up to this; 1: among all
-min_p = 0.0              # among those with this share of the largest probability, which adapts
+min_p = 0.0              # among those with this share of the largest probability: an adaptive p
 typical_p = 1.0          # among those about as surprising as expected that add up to this; 1: all
 # Beam search, without chance and with none of the above
 num_beams = 1            # texts kept side by side; 1: sample

@@ -28,4 +28,5 @@ lr_schedule = "linear"
 min_lr = 0.0
 max_iters = 1500
 eval_interval = 500
+sample_interval = 500
 log_interval = 25

@@ -29,4 +29,5 @@ lr_schedule = "linear"
 min_lr = 0.0
 max_iters = 2400
 eval_interval = 800
+sample_interval = 800
 eval_iters = 20   # the whole dataset's val split would take longer than the training

@@ -1,13 +1,14 @@
 """Characters of TinyStories, 4 layers of 64, after a published classroom model (loss 1.25): with 91
-characters 207,936 parameters.
+characters 207,936 parameters. Like it reads three quarters of 211,971 stories.
 
 Data: python prepare_tinystories.py config/tinystories_char.py
-Result: val loss 1.1338 on 8,965 stories, after 91 s of two EPYC cores.
+Result: val loss 1.1338 on 8,965 stories of 11,953, after 91 s of two EPYC cores.
 """
 
 out_dir = "out/tinystories_char"
 dataset = "tinystories_char"
 tokenizer = "char"
+max_stories = 211971
 fraction = 0.75
 val_fraction = 0.1
 start = ""
@@ -25,3 +26,4 @@ max_iters = 10000
 eval_interval = 5000
 eval_iters = 500  # the whole dataset's val split would take longer than the training
 log_interval = 500
+sample_interval = 5000

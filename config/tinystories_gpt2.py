@@ -35,4 +35,5 @@ min_lr = 0.0
 max_epochs = 1.2
 eval_epochs = 0.4
 eval_iters = 12  # the whole val split would take minutes
+sample_interval = 200
 patience = 3    # for a larger --max_epochs: here are three evaluations
