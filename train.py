@@ -172,6 +172,8 @@ def main(cleanup):
     # Mixed precision: products in amp, weights in float32.
     amp = choose_dtype(raw, saved, device)
     autocast = torch.autocast(device.type, amp, enabled=amp != torch.float32)
+    if summary:
+        return print_modules(raw, autocast, data["train"], device)
     if eval_only:
         return report(autocast(raw.eval().forward), data, meta, device, run_dir, source)
 
@@ -228,8 +230,6 @@ def main(cleanup):
     minutes = ((steps - first) * each_step + evaluations * each_evaluation) / 60
     moments = 8 * raw.num_params()  # AdamW's, not there yet
     print(f"about {minutes:,.1f} min and {(peak_memory(device) + moments) / 1e9:.1f} GB here")
-    if summary:
-        return print_modules(raw, autocast, data["train"], device)
     profiler = start_profiler(run_dir, device)
     if rank == 0:
         open_run(run_dir, first)
@@ -460,21 +460,21 @@ def baselines(train, val, vocab_size, size=2 ** 23):
     each by its share of train; by its share behind the token before it. Each count is one more,
     so that none is 0. Of the first 100 million ids of train and 5 of val, size at a time."""
     train, val = train[:100_000_000], val[:5_000_000]
-    kind = np.uint32 if vocab_size <= 2 ** 16 else np.uint64
-    pairs, times = np.unique(val[:-1].astype(kind) * vocab_size + val[1:], return_counts=True)
-    first, both = np.zeros(vocab_size, int), np.zeros(len(pairs), int)  # n(a), n(a, b)
+    dtype = np.uint32 if vocab_size <= 2 ** 16 else np.uint64  # a pair (a, b) is a * V + b
+    pairs, times = np.unique(val[:-1].astype(dtype) * vocab_size + val[1:], return_counts=True)
+    n_a, n_ab = np.zeros(vocab_size, int), np.zeros(len(pairs), int)
     for start in range(0, len(train) - 1, size):
         ids = train[start:start + size + 1]
-        first += np.bincount(ids[:-1], minlength=vocab_size)
-        found = ids[:-1].astype(kind) * vocab_size
+        n_a += np.bincount(ids[:-1], minlength=vocab_size)
+        found = ids[:-1].astype(dtype) * vocab_size
         found += ids[1:]
         found.sort()                                  # what is equal stands side by side
-        both += found.searchsorted(pairs, "right") - found.searchsorted(pairs, "left")
+        n_ab += found.searchsorted(pairs, "right") - found.searchsorted(pairs, "left")
     a, b = pairs // vocab_size, pairs % vocab_size
-    alone = first[b] + (b == train[-1])               # n(b), also of the last
+    n_b = n_a[b] + (b == train[-1])                   # behind which no token comes
     return {"uniform": math.log(vocab_size),
-            "unigram": np.average(np.log((len(train) + vocab_size) / (alone + 1)), weights=times),
-            "bigram": np.average(np.log((first[a] + vocab_size) / (both + 1)), weights=times)}
+            "unigram": np.average(np.log((len(train) + vocab_size) / (n_b + 1)), weights=times),
+            "bigram": np.average(np.log((n_a[a] + vocab_size) / (n_ab + 1)), weights=times)}
 
 def random_seed(purpose, *indices):
     """64 random bits that follow from (seed, purpose, indices) alone, never from history."""
@@ -636,7 +636,8 @@ def losses(raw, autocast, data, device):
     return {"train": train, "val": val, "ppl": perplexity(val), "accuracy": accuracy}
 
 def perplexity(loss):
-    return math.exp(loss) if loss < 700 else math.inf  # the number of tokens it hesitates among
+    """How many equally likely tokens would be as hard to guess."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 def bits_per(unit, loss, counts):
     """Nats per token -> bits per one of a split's characters, or bytes."""
@@ -656,7 +657,8 @@ def load_model(path, tokenizer, device, **changes):
 def training_state(saved, path, progress, checksums):
     """(progress, optimizers' states) of a checkpoint, if its settings and data are this run's."""
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
-        kept = {"steps": 0} | saved["progress"]
+        later = {"steps": 0, "best_train": math.nan, "best_accuracy": math.nan}  # of no old run
+        kept = later | saved["progress"]
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
@@ -682,7 +684,7 @@ def restore(stateful, states, path):
 
 COLUMNS = {  # name: (width, format)
     "step": (8, ",d"), "loss": (9, ".4f"), "train": (9, ".4f"), "val": (9, ".4f"),
-    "ppl": (10, ",.2f"), "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"),
+    "ppl": (10, ",.5g"), "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"),
     "tok/s": (10, ",.0f"),
     "elapsed": (9, ",.0f"), "eta": (9, ",.0f")}  # the last two in seconds
 FILES = ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "grad_norms.csv", "loss.png",
@@ -730,8 +732,8 @@ def log(row, run_dir, guesses, by_layer={}):
         wandb.log(row | by_layer, step=row["step"])
 
 def append_row(path, columns, row):
-    """Appends the columns of a row to a csv file, or those that it has; what the row lacks stays
-    blank."""
+    """Appends a row to a csv file, in the columns of its head, or in these if it has none yet;
+    what the row lacks stays blank."""
     with open(path, "a+") as file:
         file.seek(0)
         head = file.readline().strip()
@@ -760,8 +762,8 @@ PEAKS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "A100": 312e12, "H100 PCIe":
          "H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12}
 
 def print_result(progress, rows, counts, guesses, run_dir, raw, device):
-    """The last lines of a run: its best loss beside that of others, its speed, its share of the
-    GPU's peak (MFU)."""
+    """The last lines of a run: its best loss beside those of counts and of the text itself, its
+    speed, its share of the GPU's peak (MFU)."""
     done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
     speed = done * rows * block_size / max(seconds, 1e-9)  # tokens/s
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -773,14 +775,16 @@ def print_result(progress, rows, counts, guesses, run_dir, raw, device):
     if progress["best_step"]:
         print(f"best val loss {loss:.4f} at step {progress['best_step']:,}: perplexity "
               f"{perplexity(loss):.3f}, {bits_per('characters', loss, counts):.4f} bits per "
-              f"character, accuracy {progress['best_accuracy']:.1%}")
-        print(f"train loss {progress['best_train']:.4f} there, a gap of "
-              f"{loss - progress['best_train']:.4f}; in {run_dir}/best.pt")
+              f"character, in {run_dir}/best.pt")
+        train_loss, accuracy = progress["best_train"], progress["best_accuracy"]
+        if math.isfinite(accuracy):
+            print(f"train loss {train_loss:.4f} there, a gap of {loss - train_loss:.4f}; "
+                  f"{accuracy:.1%} of val's tokens were the likeliest")
         if floor := counts.get("nats_per_token"):
             print(f"the text's entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
         if loss > guesses["bigram"]:
-            print(f"above the {guesses['bigram']:.4f} of a bigram: it has not learned to look further"
-                  f" back than one token, train longer")
+            print(f"a bigram, which looks one token back, has {guesses['bigram']:.4f}: train longer, "
+                  f"or try another --learning_rate")
     if progress["skipped"]:
         print(f"{progress['skipped']:,} steps skipped, whose float16 gradients overflowed")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: {speed:,.0f} tokens/s, "
@@ -813,8 +817,8 @@ def plot_curves(run_dir, guesses):
         top.axhline(loss, color="k", linestyle=style, lw=0.6, label=f"{name}: {loss:.4f}")
     if len(rows) > 1:
         top.set_ylim(None, 1.1 * np.nanmax(rows["val"]))  # the first batches lie far above
-    perplexity = top.secondary_yaxis("right", ylabel="perplexity")
-    perplexity.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.4g}")
+    right = top.secondary_yaxis("right", ylabel="perplexity")
+    right.yaxis.set_major_formatter(lambda loss, _: f"{perplexity(loss):,.4g}")
     top.set(title=f"{run_dir}: loss by step", ylabel="nats per token")
     top.yaxis.label.set_color("k")
     top.legend()
@@ -822,9 +826,10 @@ def plot_curves(run_dir, guesses):
         step, *names = norms[0].dtype.names
         names = [name for name in names if name.startswith("update/") == ratio]
         layers = [name.removeprefix("update/") for name in names]
-        heat = axes.pcolormesh(norms[0][step], layers, [norms[0][name] for name in names],
-                               norm="log")
-        figure.colorbar(heat, ax=axes, label=f"{label} by layer", location="bottom")
+        sizes = np.array([norms[0][name] for name in names])
+        if ((sizes > 0) & np.isfinite(sizes)).any():  # an older table may lack them, and none move
+            heat = axes.pcolormesh(norms[0][step], layers, sizes, norm="log")
+            figure.colorbar(heat, ax=axes, label=f"{label} by layer", location="bottom")
     with atomic_write(run_dir / "loss.png") as file:
         figure.savefig(file, format="png")
 
@@ -942,21 +947,19 @@ def norms_by_layer(raw, tensors):
     layers = {}
     for (name, _), tensor in zip(raw.named_parameters(), tensors):
         layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(tensor)
-    return {layer: nn.utils.get_total_norm([t for t in tensors if t is not None]).item()
-            for layer, tensors in layers.items()}
+    return {layer: nn.utils.get_total_norm([t for t in part if t is not None]).item()
+            for layer, part in layers.items()}
 
 @torch.no_grad()
 def update_sizes(raw, before):
-    """{"update/layer": norm of its last update / norm of its weights before it}."""
+    """{"update/layer": norm of its last update / norm of its weights before it}; uses up before."""
     weights = norms_by_layer(raw, before)
-    updates = norms_by_layer(raw, [p - old for p, old in zip(raw.parameters(), before)])
+    updates = norms_by_layer(raw, [old.sub_(p) for p, old in zip(raw.parameters(), before)])
     return {f"update/{layer}": updates[layer] / max(weights[layer], 1e-30) for layer in weights}
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def print_modules(raw, autocast, rows, device):
-    """The table of --summary=True: each module in the order of its work, with the shape of what it
-    gives for a batch, and its tensors; then FLOPs and memory."""
+    """The table of --summary=True: each module once it has done its work, with the shape of what
+    it gives for a batch, and its tensors; then FLOPs and memory."""
     total, names, seen = raw.num_params(), {}, set()
 
     def show(module, _, output):
@@ -971,12 +974,11 @@ def print_modules(raw, autocast, rows, device):
         names[module] = name
         if any(True for _ in module.parameters()):
             module.register_forward_hook(show)
-    autocast(raw.forward)(*read_rows(rows, row_spans(rows, 0, 0), device))
-    flops, tokens = raw.flops_per_token(), batch_size * gradient_accumulation_steps * block_size
-    print(f"{total:,} parameters; to train {flops / 1e6:,.1f} MFLOPs a token, "
-          f"{flops * tokens / 1e9:,.1f} GFLOPs a step of {tokens:,}")
-    print(f"weights and gradients {4e-6 * total:,.1f} MB each, AdamW's moments twice that, "
-          f"peak memory so far {peak_memory(device) / 1e6:,.0f} MB")
+    autocast(raw.forward)(*read_rows(rows, row_spans(rows, 0, 0), device))[1].backward()
+    tokens = batch_size * gradient_accumulation_steps * block_size
+    print(f"{raw.flops_per_token() * tokens / 1e9:,.3g} GFLOPs for a step of {tokens:,} tokens")
+    print(f"weights take {4e-6 * total:,.3g} MB, gradients as much, moments up to twice as much; "
+          f"the peak with a batch, before moments, is {peak_memory(device) / 1e6:,.0f} MB")
 
 @torch.no_grad()
 def evaluate_positions(forward, rows, device="cpu", max_batches=0):
@@ -999,7 +1001,7 @@ def report(forward, data, meta, device, run_dir, source):
         nats, right, tokens = sums[split].sum(dim=1).tolist()
         loss, units = nats / tokens, ("characters", "bytes")
         bits = [bits_per(unit, loss, meta["splits"][split]) for unit in units]
-        print(f"{split:>7}{tokens:>14,.0f}{loss:>9.4f}{math.exp(loss):>12.3f}{bits[0]:>11.4f}"
+        print(f"{split:>7}{tokens:>14,.0f}{loss:>9.4f}{perplexity(loss):>12.3f}{bits[0]:>11.4f}"
               f"{bits[1]:>11.4f}{right / tokens:>10.2%}")
     print("   position" + "".join(f"{split:>9}" for split in sums))
     edges = [0, *(2 ** i for i in range((block_size - 1).bit_length())), block_size]

@@ -23,7 +23,7 @@ scale_embedding = True
 norm = "post"
 dropout = 0.1
 
-# The published run had 4 rows x 8 on a GPU and, by --batch_size=2, 2 x 8 on a CPU.
+# A step had 8 batches of 4 rows on a GPU; on a CPU of 2: --batch_size=2.
 batch_size = 4
 gradient_accumulation_steps = 8
 learning_rate = 2e-4

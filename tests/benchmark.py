@@ -388,7 +388,7 @@ def around():
         medians = race("6 x 384, 16 rows of 256", {
             "a step": lambda: step(model, 16, torch.bfloat16),
             "a line": lambda: script.append_row(path, script.COLUMNS, line),
-            "a picture": lambda: script.plot_curves(Path(folder)),
+            "a picture": lambda: script.plot_curves(Path(folder), {}),
             "an evaluation": lambda: script.losses(model, autocast, data, "cpu")}, rounds=5)
     steps, metrics = 500 * medians["a step"], 20 * medians["a line"] + medians["a picture"]
     whole = steps + metrics + medians["an evaluation"]
@@ -434,7 +434,7 @@ def padding(run, steps="40"):
     def report(when):
         found = []
         for script.read_rows in (real, padded):
-            found.append(np.exp(script.evaluate(forward, data["test"])))
+            found.append(np.exp(script.evaluate(forward, data["test"])[0]))
         print(f"perplexity {when}: {found[0]:.2f} of real tokens, {found[1]:.2f} with padding",
               flush=True)
 
@@ -668,7 +668,7 @@ def speedrun(nanogpt, data, seeds="3"):
             with open(run / "metrics.csv") as file:
                 times = [float(row["ms"]) for row in csv.DictReader(file) if row["ms"]]
             model = load_checkpoint(run / "last.pt")["model"].eval()
-            return took, script.evaluate(model, rows), statistics.median(times) / 1000
+            return took, script.evaluate(model, rows)[0], statistics.median(times) / 1000
 
         for seed in range(1, int(seeds) + 1):
             prepare_race(folder, nanogpt, data, seed)
@@ -676,7 +676,7 @@ def speedrun(nanogpt, data, seeds="3"):
             saved = torch.load(Path(folder, "out/ckpt.pt"), weights_only=True)
             model = peer.GPT(peer.GPTConfig(**saved["model_args"])).eval()
             model.load_state_dict(saved["model"])
-            their_loss = script.evaluate(lambda x, y: model(x, y.contiguous()), rows)
+            their_loss = script.evaluate(lambda x, y: model(x, y.contiguous()), rows)[0]
             short, short_loss, each = ours(205, 2.5e-2, seed)
             steps = int(0.95 * (theirs - (short - 205 * each)) / each)
             long, long_loss, _ = ours(steps, 1e-2, seed)

@@ -226,9 +226,9 @@ def test_progress_is_for_terminals_only(small, monkeypatch, capsys):
 def test_the_last_lines_say_perplexity_accuracy_and_the_gap(train):
     """As the table of eval_only has them, which adds up tokens by position."""
     out = train("--eval_iters=0").out
-    found = re.search(r"best val loss (\S+) at step 6: perplexity (\S+), \S+ bits per character, "
-                      r"accuracy (\S+)\ntrain loss (\S+) there, a gap of (\S+); in", out)
-    loss, perplexity, accuracy, train_loss, gap = found.groups()
+    loss, perplexity, train_loss, gap, accuracy = re.search(
+        r"best val loss (\S+) at step 6: perplexity (\S+), .+ in out/tiny/best.pt\n"
+        r"train loss (\S+) there, a gap of (\S+); (\S+) of val's tokens", out).groups()
     table = train("--eval_iters=0", "--init_from=resume", "--eval_only=True").out
     val = next(line.split() for line in table.splitlines() if line.startswith("    val"))
     assert (loss, perplexity, accuracy) == (val[2], val[3], f"{float(val[6][:-1]):.1f}%")
@@ -240,6 +240,32 @@ def test_the_last_lines_say_perplexity_accuracy_and_the_gap(train):
 
 def test_a_loss_beyond_all_perplexity_is_no_error():
     assert script.perplexity(1.0) == math.e and script.perplexity(1000.0) == math.inf
+    assert math.isnan(script.perplexity(math.nan))
+
+
+def test_a_run_from_before_accuracy_was_kept_goes_on(train):
+    pytest.importorskip("matplotlib")
+    options = ["--lr_decay_iters=6", "--log_grad_norms=True", "--plot=True"]
+    train(*options, "--max_iters=3")
+    for name in ("best.pt", "last.pt"):
+        saved = torch.load(f"out/tiny/{name}", weights_only=True)
+        del saved["progress"]["best_train"], saved["progress"]["best_accuracy"]
+        saved["progress"]["best_loss"] = 0.1  # never reached again
+        torch.save(saved, f"out/tiny/{name}")
+    path = Path("out/tiny/grad_norms.csv")
+    rows = path.read_text().splitlines()
+    path.write_text("".join(row.rsplit(",", 5)[0] + "\n" for row in rows))
+    done = train(*options, "--init_from=resume")
+    assert done.status == 0 and "nan" not in done.out
+    assert list(metrics(name="grad_norms.csv")[5]) == ["step", *LAYERS]
+    assert train(*options, "--init_from=resume", "--eval_only=True").status == 0
+
+
+def test_where_nothing_moves_there_is_no_map_but_a_picture(train):
+    pytest.importorskip("matplotlib")
+    assert train("--plot=True", "--log_grad_norms=True", "--learning_rate=0", "--min_lr=0",
+                 "--max_iters=2").status == 0
+    assert Path("out/tiny/loss.png").exists()
 
 
 def test_a_run_goes_on_with_the_columns_of_a_table_that_has_fewer(train):
@@ -294,7 +320,7 @@ def test_a_run_shows_what_counts_would_do_and_says_if_it_does_no_better(train):
     out = train("--plot=True").out
     names = dict(re.findall(r"(uniform|unigram|bigram) (\d\.\d{4})", out))
     assert list(names) == ["uniform", "unigram", "bigram"]
-    assert f"above the {names['bigram']} of a bigram" in out  # six steps are few
+    assert f"a bigram, which looks one token back, has {names['bigram']}" in out  # steps are few
 
 
 @pytest.mark.parametrize("loss, said", [(1.99, False), (2.01, True)])
@@ -303,7 +329,7 @@ def test_only_a_run_that_ends_above_a_bigram_is_told_so(capsys, loss, said):
                 "best_accuracy": 0.5, "skipped": 0, "best_step": 10}
     script.print_result(progress, 10 ** 6, {"tokens": 9, "characters": 9}, {"bigram": 2.0}, Path(),
                         GPT(GPTConfig(256, 65, 2, 2, 16)), torch.device("cpu"))
-    assert ("of a bigram" in capsys.readouterr().out) == said
+    assert ("a bigram, which" in capsys.readouterr().out) == said
 
 
 # ---- a summary ----
@@ -323,15 +349,17 @@ def test_a_summary_shows_each_tensor_and_state_and_writes_nothing(train):
     states = dict(re.findall(r"^(\S+) +\((.+)\)$", result.out, re.MULTILINE))
     assert states["wte"] == states["h.1"] == states["h.0.attn"] == "4, 16, 16"
     assert states["h.0.mlp.c_fc"] == "4, 16, 64" and states["lm_head"] == f"4, 16, {vocab_size}"
-    assert f"{model.num_params():,} parameters; to train" in result.out
+    flops = model.flops_per_token() * 4 * 16 / 1e9
+    assert f"{flops:.3g} GFLOPs for a step of 64 tokens" in result.out
 
 
 def test_a_summary_counts_a_tied_matrix_once_and_leaves_a_run_as_it_is(train):
     train()
     before = {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
+    assert train("--summary=True", "--init_from=resume", "--eval_only=True").status == 0
     out = train("--summary=True", "--overwrite=False").out
     counts = [int(number.replace(",", "")) for number in re.findall(r"\) +([\d,]+) +\S+%", out)]
-    assert f"{sum(counts):,} parameters; to train" in out
+    assert f"model: {sum(counts):,} parameters" in out
     assert before == {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
 
 
@@ -736,7 +764,7 @@ def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_clo
     assert f"0 of them cut, entropy {floor:.4f}: no honest loss is lower" in done.out
     assert f"entropy is {floor:.4f}, the loss {found[-1] / floor - 1:.1%} above" in done.out
     pairs = float(re.search(r"bigram (\S+)", done.out)[1])
-    assert (found[-1] > pairs) == ("of a bigram" in done.out)
+    assert (found[-1] > pairs) == ("a bigram, which" in done.out)
 
 
 def test_where_stories_are_cut_no_floor_is_claimed(tell):
