@@ -16,7 +16,7 @@ import warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,7 +52,7 @@ no_repeat_ngram = 0      # as many tokens never come twice in the same order; 0:
 temperature = 0.8        # 0: always the likeliest token; 1: as the model learned; above: wilder
 top_k = 0                # among this many likeliest tokens; 0: among all
 top_p = 1.0              # among the fewest whose probabilities add up to this; 1: among all
-min_p = 0.0              # among those with this share of the largest probability: an adaptive p
+min_p = 0.0              # an adaptive p: among those with this share of the largest; 0: all
 typical_p = 1.0          # among those about as surprising as expected that add up to this; 1: all
 # Beam search, without chance and with none of the above
 num_beams = 1            # texts kept side by side; 1: sample
@@ -78,7 +78,7 @@ def main():
     # Each token reads all weights from memory: half the bytes are faster, if there are many.
     with stop_on_error(2):
         set_dtype(model, dtype, device, max(num_samples, num_beams))
-    words = training_words(saved) if num_samples > 1 else set()
+    words = cache(partial(training_words, saved))
     read_token = None
     if compile.lower() == "true":
         read_token = tried("torch.compile", partial(compile_reading, model, device))
@@ -181,9 +181,9 @@ def prompts():
 
 # ---- writing ----
 
-def write(model, tokenizer, ids, read_token=None, words=()):
+def write(model, tokenizer, ids, read_token=None, words=set):
     """Prints ids (1, T) and what follows, num_samples times, and on stderr how fast that was, how
-    the texts ended and which words they have. Returns the ids of the first."""
+    the texts ended and which of their words words() has. Returns the ids of the first."""
     prompt = tokenizer.decode(ids[0].tolist()).removeprefix(EOT)
     shared = {"eot": tokenizer.eot, "vocab_size": tokenizer.vocab_size, "read_token": read_token}
     began = time.perf_counter()
@@ -207,20 +207,22 @@ def print_texts(new, texts, prompt):
     """Prints texts from an iterator of (B, 1) ids: one alone as it comes, several once all have
     ended."""
     alone = len(texts) == 1
-    print(prompt * alone, end="", flush=True)
+    print(prompt if alone else "", end="", flush=True)
     for ids in new:
         for text, token in zip(texts, ids[:, 0].tolist()):
-            print(text.append(token) * alone, end="", flush=alone)
+            more = text.append(token)
+        if alone:
+            print(more, end="", flush=True)
         if all(text.ended for text in texts):
             break
     rest = [text.append() for text in texts]
-    print(*rest if alone else ["\n----\n".join(prompt + text.shown for text in texts)])
+    print(rest[0] if alone else "\n----\n".join(prompt + text.shown for text in texts))
 
 class Text:
     """A text that comes token by token, each decoded once, up to its end or to stop_at."""
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], ""
-        self.ended, self.by_itself = False, False
+        self.ended, self.end = False, ""  # of what ended by itself also its end
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.rest = ""  # what may become stop_at
 
@@ -231,18 +233,20 @@ class Text:
             return ""
         self.ids += [] if token is None else [token]
         self.ended = token in (None, self.tokenizer.eot)
-        self.by_itself = token is not None and self.ended
+        self.end = " " if self.ended and token is not None else ""
         new = b"" if self.ended else self.tokenizer.token(token)
         text = self.rest + self.decoder.decode(new, final=self.ended)
         if stop_at and stop_at in text:
-            self.ended, self.by_itself, text = True, True, text[:text.index(stop_at)]
+            self.ended, self.end, text = True, stop_at, text[:text.index(stop_at)]
         ends = [n for n in range(1, len(stop_at)) if text.endswith(stop_at[:n]) and not self.ended]
         shown = len(text) - max(ends, default=0)
         self.rest, text = text[shown:], text[:shown]
         self.shown += text
         return text
 
-WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]+(?:['’][^\W\d_]+)*(?=\W)")  # all of it, to its end
+# All of a word, with what follows an apostrophe: no part of one is.
+LETTER = r"[^\W_]"
+WORD = re.compile(rf"(?<!{LETTER})(?<!{LETTER}['’]){LETTER}+(?:['’]{LETTER}+)*(?=[^\w'’]|['’]\W)")
 
 def training_words(saved):
     """The words, in lower case, of the first 5 million tokens that a model was trained on; none
@@ -257,24 +261,27 @@ def training_words(saved):
 
 def statistics(texts, prompt, known):
     """Yields sentences about texts: how many ended by themselves and, of several, how many pairs
-    of words are distinct and which share of the words is among those known."""
-    lengths = [len(text.ids) for text in texts if text.by_itself]
+    of words are distinct and which share of the words is among those of known()."""
+    lengths = [len(text.ids) for text in texts if text.end]
+    if len(texts) == 1:
+        yield from ["it ended by itself"] * len(lengths)
+        return
     if stop_at or texts[0].tokenizer.eot is not None:
         yield (f"{len(lengths)} of {len(texts)} ended by themselves"
                + (f", after {np.mean(lengths):,.0f} tokens on average" if lengths else ""))
-    if len(texts) > 1:
-        rows = [WORD.findall((prompt + text.shown + " " * text.by_itself).lower(), len(prompt))
-                for text in texts]  # without a word that the prompt begins, and one cut off
-        pairs = [pair for row in rows for pair in zip(row, row[1:])]
-        words = [word for row in rows for word in row]
-        if pairs:
-            share = len(set(pairs)) / len(pairs)
-            yield f"{share:.1%} of {len(pairs):,} pairs of words are distinct"
-        if words and known:
-            share = sum(word in known for word in words) / len(words)
-            yield f"{share:.1%} of {len(words):,} words stand in the training text"
-        elif words:
-            yield "the training text is not here, to look up words in"
+    before = len(prompt.lower())
+    rows = [WORD.findall((prompt + text.shown + text.end).lower(), before) for text in texts]
+    pairs = [pair for row in rows for pair in zip(row, row[1:])]
+    words = [word for row in rows for word in row]  # but one that the prompt begins, or cut off
+    if pairs:
+        share = len(set(pairs)) / len(pairs)
+        yield f"{share:.1%} of {len(pairs):,} pairs of words are distinct"
+    if words and known():
+        share = sum(word in known() for word in words) / len(words)
+        yield (f"{share:.1%} of {len(words):,} words stand in the training text, in its first 5 "
+               f"million tokens")
+    elif words:
+        yield "the training text is not here, to look up words in"
 
 @torch.no_grad()
 def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=None,

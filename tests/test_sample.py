@@ -75,7 +75,7 @@ def test_a_config_file_of_the_run_serves_both_scripts(run, train, workdir):
     (["--dtype=int4"], 2, ["--dtype must be auto"]),
     (["--compile=maybe"], 2, ["--compile must be auto, true or false"]),
     (["--attention=x.png", "--num_samples=2"], 2, ["--attention shows one text, without"]),
-    (["--attention=x.txt"], 2, ["--attention must be a file like maps.png, .svg or .pdf"]),
+    (["--attention=x.txt"], 2, ["--attention must be a file with the end .png or .svg or .pdf"]),
     (["--out_dir=out/nope"], 1, ["no best.pt under out/nope/ yet", "--out_dir"]),
 ])
 def test_a_bad_prompt_or_setting_is_told_what_to_do(sample, arguments, status, words):
@@ -154,22 +154,40 @@ def test_how_texts_ended_and_which_words_they_have():
     import sample as script
     byte = ByteTokenizer()
     both = written(byte, "The cat sat. The", "the cat, zat it") + written(byte, "a", whole=False)
-    known = {"the", "cat", "sat", "it"}
+    known = {"the", "cat", "sat", "it"}.copy
     assert list(script.statistics(both, "", known)) == [
         "2 of 3 ended by themselves, after 16 tokens on average",
-        "83.3% of 6 pairs of words are distinct", "87.5% of 8 words stand in the training text"]
-    assert list(script.statistics(both[:1], "", known)) == [
-        "1 of 1 ended by themselves, after 17 tokens on average"]
-    assert list(script.statistics(both, "", set()))[2].startswith("the training text is not here")
+        "83.3% of 6 pairs of words are distinct",
+        "87.5% of 8 words stand in the training text, in its first 5 million tokens"]
+    assert list(script.statistics(both[:1], "", known)) == ["it ended by itself"]
+    assert list(script.statistics(both[2:], "", known)) == []
+    assert list(script.statistics(both, "", set))[2].startswith("the training text is not here")
     silent = written(CharTokenizer("ab"), "ab", "ba", whole=False)  # has no eot, and no whole word
     assert list(script.statistics(silent, "", known)) == []
 
 
 def test_words_that_are_half_the_prompts_or_cut_off_do_not_count():
     import sample as script
-    texts = written(ByteTokenizer(), "me the cat's ca", "me it", whole=False)
-    assert list(script.statistics(texts, "Once upon a ti", {"the", "cat's"}))[1:] == [
-        "100.0% of 1 pairs of words are distinct", "100.0% of 2 words stand in the training text"]
+    for prompt, texts, words in (
+            ("Once upon a ti", ["me the cat's ca", "me it"], ["the", "cat's"]),
+            ("I don'", ["t know.", "t. 'Oh' don'"], ["know", "oh"]),
+            ("\u0130\u0130\u0130 ti", ["me 2nd éa b", "?"], ["2nd", "éa"])):
+        texts, seen = written(ByteTokenizer(), *texts, whole=False), []
+
+        class Known(set):
+            def __contains__(self, word):
+                return not seen.append(word)
+        list(script.statistics(texts, prompt, lambda: Known("x")))
+        assert seen == words
+
+
+def test_a_word_that_stop_at_cuts_is_none(sample, monkeypatch):
+    import sample as script
+    monkeypatch.setattr(script, "stop_at", "he")
+    texts = written(ByteTokenizer(), "a long time, the", "a time, zhe", whole=False)
+    assert list(script.statistics(texts, "", {"a"}.copy))[1:] == [
+        "100.0% of 3 pairs of words are distinct",
+        "40.0% of 5 words stand in the training text, in its first 5 million tokens"]
 
 
 def test_several_samples_are_held_to_the_words_of_the_training_text(sample):
