@@ -213,9 +213,10 @@ class GPT(nn.Module):
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), smoothing)
         return logits.detach() if torch.compiler.is_compiling() else logits, loss
 
-    def hidden(self, ids, cache=None, maps=None):
+    def hidden(self, ids, cache=None, maps=None, states=None):
         """(B, T) ids -> (B, T, C), what lm_head reads. With a cache, ids follow the tokens in
-        it, and join them. The list maps receives the attention weights of each layer."""
+        it, and join them. The list maps receives the attention weights of each layer, states
+        the residual stream (B, T, C) before the first block and after each."""
         past, T = (0 if cache is None else cache.length), ids.shape[1]
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit a context of "
@@ -229,8 +230,12 @@ class GPT(nn.Module):
         x = self.drop(x)
         layerdrop = self.config.layerdrop * self.training
         for block in self.h:
+            if states is not None:
+                states.append(x)
             if layerdrop == 0 or torch.rand(()) >= layerdrop:
                 x = block(x, cache, maps)                    # (B, T, C)
+        if states is not None:
+            states.append(x)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)                                  # (B, T, C)

@@ -6,6 +6,7 @@
     python sample.py --start="Once upon a time" --max_new_tokens=12 --attention=maps.png
 """
 
+import base64
 import codecs
 import json
 import math
@@ -27,8 +28,8 @@ from torch import nn
 from config import at_least, configure, one_of, require, stop_on_error
 from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, PRODUCTS, TRANSPOSED,
                    BPETokenizer, KVCache, atomic_write, check_finite, encode_prompt, fastest,
-                   load_checkpoint, next_logits, pick_device, pick_dtype, run_file, stream, tried,
-                   unescape, use_product)
+                   filter_logits, load_checkpoint, next_logits, pick_device, pick_dtype,
+                   run_file, stream, tried, unescape, use_product)
 
 # Model
 init_from = "resume"     # a run; or gpt2 (-medium, -large, -xl), a folder, a .pt file
@@ -59,6 +60,7 @@ num_beams = 1            # texts kept side by side; 1: sample
 length_penalty = 1.0     # above 0 favours longer texts, below 0 shorter ones
 # Pictures
 attention = ""           # a .png, .svg or .pdf to draw: what each token of the text attends to
+explain = ""             # an .html page to write: what each token of the text does in the model
 settings = configure(globals())
 stop_at = unescape(stop_at)
 
@@ -99,8 +101,13 @@ def main():
         with suppress(ValueError, OSError):  # the run's may be a file that is gone
             ids = encode_prompt(tokenizer, unescape(saved.get("settings", {}).get("start", "")))
     print(f"{source}:", file=sys.stderr)
+    first = ids.shape[1]  # of the tokens that are written
     with stop_on_error():
         ids = write(model, tokenizer, ids.to(device), read_token, words)
+        if attention or explain:  # in float32, whatever was the fastest
+            model = load_checkpoint(source, "cpu", cache_dir)["model"]
+    if explain:
+        write_page(explain, model, tokenizer, ids, first, source)
     if attention:
         plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to "
                                               f"those up to it (across)")
@@ -119,12 +126,13 @@ def check_settings():
     require(abs(length_penalty) <= 50, "--length_penalty must be from -50 to 50")
     require(repetition_penalty > 0, "--repetition_penalty must be above 0; 1 is none")
     require(1 in (num_beams, num_samples), "--num_beams finds one text, leave --num_samples at 1")
-    if attention:
-        require(not interactive and not export and num_samples == 1,
-                "--attention shows one text, without --interactive, --export, --num_samples")
-        require(attention.endswith((".png", ".svg", ".pdf")),
-                f"--attention must be a file like maps.png, .svg or .pdf, not {attention!r}")
-        require(find_spec("matplotlib"), "--attention needs pip install matplotlib")
+    for name, ends in {"attention": (".png", ".svg", ".pdf"), "explain": (".html",)}.items():
+        if path := settings[name]:
+            require(not interactive and not export and num_samples == 1,
+                    f"--{name} shows one text, without --interactive, --export, --num_samples")
+            require(path.endswith(ends), f"--{name} must be a file with the end "
+                    f"{' or '.join(ends)}, not {path!r}")
+    require(not attention or find_spec("matplotlib"), "--attention needs pip install matplotlib")
 
 def find_checkpoint():
     """The file of the run in out_dir, else of the newest under out/."""
@@ -322,12 +330,12 @@ def beam_search(model, ids, max_new_tokens, num_beams, length_penalty=1.0, eot=N
 
 def plot_attention(model, tokenizer, ids, title):
     """Draws the weights of each layer (down) and head (across) on the last block_size of ids,
-    with the tokens beside them where there is room. They are computed in float32."""
+    with the tokens beside them where there is room."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     ids, maps = ids[-model.config.block_size:], []
     with torch.inference_mode():
-        model.float().hidden(torch.tensor([ids], device=model.wpe.weight.device), maps=maps)
+        model.hidden(torch.tensor([ids]), maps=maps)
     layers, heads, T = len(maps), model.config.n_head, len(ids)
     side = min(3.0, 7 / heads)  # of a map, inches
     figure = Figure(figsize=(8, 1.8 + side * layers), dpi=100, layout="compressed")
@@ -441,6 +449,258 @@ def tokenizer_json(tokenizer):
                       "vocab": {letters_of(token): int(tokenizer.ids[rank])
                                 for token, rank in ranks.items()} | tokenizer.special,
                       "merges": merges}}
+
+# ---- a page that shows what a text does in the model ----
+
+FILTERS = ("repetition_penalty", "no_repeat_ngram", "temperature", "top_k", "top_p", "min_p",
+           "typical_p")  # in the order of filter_logits()
+
+def write_page(path, model, tokenizer, ids, first, source):
+    """Writes a page, of one file, about ids, those from first on written by the model."""
+    kept = min(len(ids), model.config.block_size, 256)  # weights are kept * kept / 2 a head
+    ids, first = ids[-kept:], max(0, first - len(ids) + kept)
+    numbers = explanation(model, tokenizer, ids, first) | {"title": str(source)}
+    log = Path(source).with_name("metrics.csv")
+    if log.is_file():
+        rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)[1:]  # without step 0
+        numbers["curve"] = {name: significant(rows[name]) for name in ("step", "loss", "val")}
+    text = json.dumps(numbers).replace("<", "\\u003c")  # in a script no text may end it
+    with stop_on_error(), atomic_write(path) as file:
+        file.write(PAGE.replace("NUMBERS", text).encode())
+
+@torch.inference_mode()
+def explanation(model, tokenizer, ids, first):
+    """What T ids do in a model on a CPU, as plain values, for each of them: what the model expects
+    next, how surprising what came was, in bits; and for each layer what lm_head would make of
+    its state (the logit lens), norms, attention weights (base64 of float32, up to each token)."""
+    x, maps, states, lens, sizes = torch.tensor([ids]), [], [], [], []
+    final = model.hidden(x, maps=maps, states=states)                        # (1, T, C)
+    T, came = len(ids), x[0, 1:]
+    for block, before, after in zip(model.h, states, states[1:]):
+        logits = model.lm_head(model.ln_f(after))[0, :, :tokenizer.vocab_size].double()  # (T, V)
+        probs = logits.softmax(dim=-1)
+        right = logits[:-1].gather(1, came[:, None])
+        ranks = (logits[:-1] > right).sum(dim=1) + 1
+        best = probs.max(dim=-1)
+        lens.append({"token": [shown(tokenizer, i) for i in best.indices.tolist()],
+                     "p": significant(best.values), "rank": ranks.tolist()})
+        attended = block.attn(block.ln_1(before) if block.pre_norm else before)
+        between = before + attended if block.pre_norm else block.ln_1(before + attended)
+        added = block.mlp(block.ln_2(between) if block.pre_norm else between)
+        sizes.append([significant(part[0].norm(dim=-1)) for part in (after, attended, added)])
+
+    # The last logits are the model's own: what it expects after each token.
+    nats = -logits.log_softmax(dim=-1)
+    top = probs.topk(min(10, probs.shape[1]))
+    struck = [struck_out(logits[t:t + 1], x[:, :t + 1])[top.indices[t]].tolist()
+              if t + 1 >= first and num_beams == 1 else [] for t in range(T)]
+    triangle = torch.cat(maps)[:, :, *torch.tril_indices(T, T)]              # (L, H, ...)
+    parts = {"wte": [model.wte], "wpe": [model.wpe]}
+    parts |= {f"{len(model.h)} x {name}": [getattr(block, name) for block in model.h]
+              for name in ("ln_1", "attn", "ln_2", "mlp")}
+    parts |= {"ln_f": [model.ln_f], "lm_head": [] if model.config.tied else [model.lm_head]}
+    return {
+        "tokens": [shown(tokenizer, i) for i in ids], "first": first, "filters": FILTERS,
+        "surprise": significant(nats[:-1].gather(1, came[:, None])[:, 0] / math.log(2)),
+        "entropy": significant((probs * nats).nansum(dim=-1) / math.log(2)),
+        "top": [[shown(tokenizer, i) for i in row] for row in top.indices.tolist()],
+        "p": [significant(row) for row in top.values], "rank": ranks.tolist(), "struck": struck,
+        "ids": ids, "top_ids": top.indices.tolist(), "lens": lens, "sizes": sizes,
+        "heads": model.config.n_head,
+        "attention": base64.b64encode(triangle.numpy().tobytes()).decode(),
+        "parts": [[name, [1, *(logits if name == "lm_head" else final[0]).shape],
+                   sum(p.numel() for module in modules for p in module.parameters())]
+                  for name, modules in parts.items()]}
+
+def struck_out(logits, seen):
+    """(1, V) logits -> (V,) numbers of the filter that strikes out each token, from 1; 0: none."""
+    by = torch.zeros(logits.shape[1], dtype=torch.long)
+    for n in range(len(FILTERS), 0, -1):  # all of them, then without the last, and so on
+        options = {name: settings[name] for name in FILTERS[:n]}
+        by[filter_logits(logits, seen, **options)[0] == -math.inf] = n
+    return by
+
+def significant(values):
+    """Numbers with six digits; what is not finite, which JSON lacks, is None."""
+    return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values.tolist()]
+
+def shown(tokenizer, i):
+    """A token's text, with a visible sign for what has none: a line end, half a character."""
+    text = tokenizer.token(i).decode("utf-8", "backslashreplace").replace("\n", "\u23ce")
+    text = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text)
+    return EOT if i == tokenizer.eot else text
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What a text does in the model</title>
+<style>
+:root { color-scheme: light dark; --ink: light-dark(#1a1a1a, #eee); --line: light-dark(#ccc, #555);
+  --paper: light-dark(#fff, #181818); --surprise: #d55e00; --weight: #1f83c9; }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--ink);
+  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; overflow-wrap: anywhere; } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
+main { display: grid; gap: 0 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+section { min-width: 0; } .wide { grid-column: 1 / -1; }
+.scroll { overflow: auto; max-height: 30rem; }
+table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .1rem .5rem; text-align: right; white-space: pre; unicode-bidi: isolate; }
+th:first-child, td:first-child { text-align: left; }
+.lens th:first-child { position: sticky; left: 0; background: var(--paper); }
+#text { position: sticky; top: 0; z-index: 1; max-height: 40vh; overflow: auto; padding: .5rem;
+  border: 1px solid var(--line); background: var(--paper); line-height: 2; }
+#text span { padding: .2em 0; white-space: pre-wrap; unicode-bidi: isolate; cursor: pointer; }
+#text span.written { border-bottom: 2px dotted var(--line); }
+[aria-selected=true], td.chosen, th.chosen { outline: 2px solid var(--ink); }
+.scale { display: inline-block; width: 8rem; height: .8rem; vertical-align: middle;
+  background: linear-gradient(to right, transparent, var(--tint)); border: 1px solid var(--line); }
+.bar { min-width: 6rem; background: linear-gradient(var(--weight), var(--weight)) no-repeat;
+  background-position: 0 90%; background-size: var(--size) 3px; }
+.came { font-weight: bold; } .struck { text-decoration: line-through; opacity: .7; }
+#maps { display: grid; gap: 3px; }
+#maps button { padding: 0; border: 2px solid transparent; background: none; }
+#maps button[aria-pressed=true] { border-color: var(--ink); }
+canvas { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated;
+  border: 1px solid var(--line); box-sizing: border-box; }
+svg { width: 100%; max-width: 30rem; fill: none; stroke-width: 1.5; }
+</style>
+<h1></h1>
+<p>Point at a token, tap it, or move with the arrow keys: what the model makes of it, and of those
+  before it, stands below. Tokens with a dotted line were written by the model.</p>
+<div id="text" role="listbox" aria-label="The text, token by token" tabindex="0"></div>
+<p id="legend"></p>
+<main>
+  <section aria-live="polite"><h2>What it expected next</h2><p id="expected"></p>
+    <table id="top"></table></section>
+  <section><h2>What it would expect after each layer</h2>
+    <div class="scroll"><table id="layers"></table></div></section>
+  <section class="wide"><h2>The same for all: the likeliest next token, rank of what came</h2>
+    <div class="scroll"><table class="lens" id="lens"></table></div></section>
+  <section><h2>Attention: who looks at whom</h2><p>A row is a layer, a column a head; in a map each
+    token (down) looks at those up to it (across). Open one to see it over the text.</p>
+    <div class="scroll"><div id="maps"></div></div></section>
+  <section><h2>Sizes: norm of the stream, and of what is added to it</h2>
+    <div class="scroll"><table id="sizes"></table></div>
+    <h2>Shapes and parameters</h2><table id="parts"></table>
+    <div id="curve"></div></section>
+</main>
+<script type="application/json" id="numbers">NUMBERS</script>
+<script>
+const page = JSON.parse(document.getElementById("numbers").textContent)
+const tokens = page.tokens, T = tokens.length, L = page.sizes.length, H = page.heads
+const floats = new Float32Array(Uint8Array.from(atob(page.attention), c => c.charCodeAt(0)).buffer)
+const weight = (layer, head, t, s) =>    // how much place t looks at s; a map is a triangle
+  s > t ? 0 : floats[((layer * H + head) * T * (T + 1) + t * (t + 1)) / 2 + s]
+let chosen = Math.max(0, page.first - 1), open = null    // a place; [layer, head] of a map
+const $ = id => document.getElementById(id)
+function make(tag, text, attributes = {}) {
+  const element = document.createElement(tag)
+  element.textContent = text    // never read as HTML
+  for (const name in attributes) element.setAttribute(name, attributes[name])
+  return element
+}
+function fill(table, head, rows) {    // rows of [cells, attributes]; a cell: text or element
+  table.replaceChildren(...[[head, {}], ...rows].map(([cells, attributes], i) => {
+    const row = make("tr", "", attributes)
+    row.append(...cells.map((cell, j) => cell instanceof Node ? cell :
+      make(i && j ? "td" : "th", cell, {scope: i ? "row" : "col"})))
+    return row
+  }))
+}
+const quoted = text => "«" + text.replaceAll(" ", "·") + "»"    // blanks that can be seen
+const short = v => v.toPrecision(3), percent = p => short(100 * p) + "%"
+const bar = (text, share) => make("td", text, {class: "bar", style: `--size: ${100 * share}%`})
+const tint = (color, share) =>    // never so strong that letters are hard to read
+  `color-mix(in srgb, ${color} ${Math.round(70 * Math.min(1, share))}%, transparent)`
+$("text").append(...tokens.map((token, t) => {    // surprise, rank of token t stand at t - 1
+  const span = make("span", token.replaceAll("\u23ce", "\u23ce\n"), {role: "option", id: "t" + t,
+    "aria-label": `${t + 1}: ${quoted(token)}` +
+      (t ? `, ${short(page.surprise[t - 1])} bits, rank ${page.rank[t - 1]}` : "")})
+  if (t >= page.first) span.className = "written"
+  span.onpointerover = span.onclick = () => choose(t)
+  return span
+}))
+function color() {    // the text by surprise, or by the weights of the map that is open
+  const most = Math.max(1, ...page.surprise), hue = open ? "var(--weight)" : "var(--surprise)"
+  tokens.forEach((_, t) => $("t" + t).style.background = tint(hue,
+    open ? weight(...open, chosen, t) : t ? page.surprise[t - 1] / most : 0))
+  const scale = make("span", "", {class: "scale", style: `--tint: ${tint(hue, 1)}`})
+  $("legend").replaceChildren(...(open ? [`layer ${open[0] + 1}, head ${open[1] + 1}, weights of ` +
+    `${quoted(tokens[chosen])}: 0 `, scale, " 1"] : ["surprise 0 ", scale, ` ${short(most)} bits`]))
+}
+function choose(t) {
+  $("t" + chosen).removeAttribute("aria-selected")
+  chosen = t
+  $("t" + t).setAttribute("aria-selected", "true")
+  $("text").setAttribute("aria-activedescendant", "t" + t)
+  const came = tokens[t + 1], struck = page.struck[t]
+  $("expected").textContent = `After ${quoted(tokens[t])}: entropy ${short(page.entropy[t])} bits` +
+    (came ? `; ${quoted(came)} came, rank ${page.rank[t]}, ${short(page.surprise[t])} bits` : "")
+  fill($("top"), ["token", "probability", ""], page.top[t].map((token, i) => {
+    const fate = page.top_ids[t][i] === page.ids[t + 1] ? "came" : struck[i] ? "struck" : ""
+    return [[quoted(token), bar(percent(page.p[t][i]), page.p[t][i]),
+      fate === "struck" ? "out by " + page.filters[struck[i] - 1] : fate], {class: fate}]
+  }))
+  fill($("layers"), ["after layer", "likeliest", "probability", "rank of what came"],
+    page.lens.map((layer, i) => [[i + 1, quoted(layer.token[t]),
+      bar(percent(layer.p[t]), layer.p[t]), layer.rank[t] ?? ""], {}]))
+  const most = Math.max(...page.sizes.flat().map(row => row[t]))
+  fill($("sizes"), ["layer", "stream", "attention adds", "MLP adds"], page.sizes.map((parts, i) =>
+    [[i + 1, ...parts.map(row => bar(short(row[t]), row[t] / most))], {}]))
+  for (const cell of document.querySelectorAll(".lens .chosen")) cell.classList.remove("chosen")
+  for (const row of $("lens").rows) row.cells[t + 1].classList.add("chosen")
+  $("lens").parentNode.scrollLeft = $("lens").rows[0].cells[t + 1].offsetLeft - 200
+  color()
+}
+fill($("lens"), ["layer", ...tokens.map(quoted)], page.lens.map((layer, i) => [[i + 1,
+  ...tokens.map((_, t) => make("td", `${quoted(layer.token[t])} ${layer.rank[t] ?? ""}`,
+    {style: `background: ${tint("var(--weight)", layer.p[t])}`}))], {}]))
+fill($("parts"), ["part", "shape after it", "parameters"], page.parts.map(
+  ([name, shape, count]) => [[name, shape.join(" x "), count.toLocaleString("en")], {}]))
+document.querySelector("h1").textContent = document.title = page.title
+$("maps").style.gridTemplateColumns = `repeat(${H}, minmax(2rem, 9rem))`
+for (let layer = 0; layer < L; layer++) for (let head = 0; head < H; head++) {
+  const button = make("button", "", {"aria-pressed": "false",
+    "aria-label": `attention of layer ${layer + 1}, head ${head + 1}`})
+  const canvas = make("canvas", "", {width: T, height: T})
+  const image = new ImageData(T, T)
+  for (let t = 0; t < T; t++) for (let s = 0; s <= t; s++)    // its root shows small ones
+    image.data.set([31, 131, 201, 255 * Math.sqrt(weight(layer, head, t, s))], 4 * (t * T + s))
+  canvas.getContext("2d").putImageData(image, 0, 0)
+  button.append(canvas)
+  button.onclick = () => show(open?.join() === [layer, head].join() ? null : [layer, head])
+  $("maps").append(button)
+}
+function show(map) {
+  open = map
+  Array.from($("maps").children).forEach((button, i) =>
+    button.setAttribute("aria-pressed", String(!!open && i === open[0] * H + open[1])))
+  color()
+}
+document.onkeydown = event => {
+  const to = {ArrowLeft: chosen - 1, ArrowRight: chosen + 1, Home: 0, End: T - 1}[event.key]
+  if (event.key === "Escape") show(null)
+  if (to === undefined) return
+  event.preventDefault()
+  choose(Math.max(0, Math.min(T - 1, to)))
+}
+if (page.curve) {    // loss of the training batches, and of val
+  const {step, loss, val} = page.curve, all = [...loss, ...val].filter(v => v != null)
+  const low = Math.min(...all), high = Math.max(...all), last = step.at(-1) || 1
+  const place = (v, i) => v == null ? ""
+    : `${400 * step[i] / last},${125 - 120 * (v - low) / (high - low || 1)}`
+  const line = (values, color) =>
+    `<polyline stroke="${color}" points="${values.map(place).join(" ")}"/>`
+  $("curve").innerHTML = `<h2>Loss of the run</h2>    <!-- numbers alone -->
+    <svg viewBox="0 0 400 130" role="img" aria-label="loss by step">
+    ${line(loss, "#999")}${line(val, "var(--weight)")}</svg>
+    <p>of batches (grey) and of val (blue), ${short(high)} to ${short(low)} in ${last} steps</p>`
+}
+choose(chosen)
+</script>
+"""
 
 if __name__ == "__main__":
     main()

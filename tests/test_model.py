@@ -188,6 +188,17 @@ def test_attention_maps_are_the_softmax_in_float64(norm, positions, fused):
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, H, 16))
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_states_are_the_stream_before_the_first_block_and_after_each(norm):
+    model, states = small(norm=norm).eval(), []
+    final = model.hidden(ids(), states=states)
+    assert len(states) == 4
+    torch.testing.assert_close(states[0], model.wte(ids()) + model.wpe.weight[:16])
+    for block, before, after in zip(model.h, states, states[1:]):
+        assert torch.equal(block(before), after)
+    assert torch.equal(model.ln_f(states[-1]), final)
+
+
 @pytest.mark.parametrize("norm, positions, activation, tied, bias, qkv_bias", list(product(
     ("pre", "post"), ("learned", "sinusoidal"), ("gelu", "relu"), (True, False), (True, False),
     (True, False))))
