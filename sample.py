@@ -3,7 +3,7 @@
     python sample.py --start="To be, or not to be"
     python sample.py --out_dir=out/shakespeare_cpu --start=FILE:prompt.txt --num_samples=4
     python sample.py --interactive=True --temperature=0.7 --top_p=0.9
-    python sample.py --start="Once upon a time" --max_new_tokens=12 --attention=maps.png
+    python sample.py --start="Once upon a time" --max_new_tokens=30 --explain=page.html
 """
 
 import base64
@@ -63,6 +63,8 @@ attention = ""           # a .png, .svg or .pdf to draw: what each token of the 
 explain = ""             # an .html page to write: what each token of the text does in the model
 settings = configure(globals())
 stop_at = unescape(stop_at)
+FILTERS = ("repetition_penalty", "no_repeat_ngram", "temperature", "top_k", "top_p", "min_p",
+           "typical_p")  # in the order of filter_logits()
 
 def main():
     check_settings()
@@ -201,9 +203,7 @@ def write(model, tokenizer, ids, read_token=None, words=set):
     else:
         generators = [torch.Generator().manual_seed(seed + row) for row in range(num_samples)]
         new = stream(model, ids.repeat(num_samples, 1), max_new_tokens, generators, **shared,
-                     repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram,
-                     temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                     typical_p=typical_p)
+                     **{name: settings[name] for name in FILTERS})
     texts = [Text(tokenizer) for _ in range(num_samples)]
     print_texts(new, texts, prompt)
     tokens, seconds = sum(len(text.ids) for text in texts), time.perf_counter() - began
@@ -253,8 +253,7 @@ class Text:
         return text
 
 # All of a word, with what follows an apostrophe: no part of one is.
-LETTER = r"[^\W_]"
-WORD = re.compile(rf"(?<!{LETTER})(?<!{LETTER}['’]){LETTER}+(?:['’]{LETTER}+)*(?=[^\w'’]|['’]\W)")
+WORD = re.compile(r"(?<![^\W_])(?<![^\W_]['’])[^\W_]+(?:['’][^\W_]+)*(?=[^\w'’]|['’]\W)")
 
 def training_words(saved):
     """The words, in lower case, of the first 5 million tokens that a model was trained on; none
@@ -282,8 +281,7 @@ def statistics(texts, prompt, known):
     pairs = [pair for row in rows for pair in zip(row, row[1:])]
     words = [word for row in rows for word in row]  # but one that the prompt begins, or cut off
     if pairs:
-        share = len(set(pairs)) / len(pairs)
-        yield f"{share:.1%} of {len(pairs):,} pairs of words are distinct"
+        yield f"{len(set(pairs)) / len(pairs):.1%} of {len(pairs):,} pairs of words are distinct"
     if words and known():
         share = sum(word in known() for word in words) / len(words)
         yield (f"{share:.1%} of {len(words):,} words stand in the training text, in its first 5 "
@@ -452,16 +450,12 @@ def tokenizer_json(tokenizer):
 
 # ---- a page that shows what a text does in the model ----
 
-FILTERS = ("repetition_penalty", "no_repeat_ngram", "temperature", "top_k", "top_p", "min_p",
-           "typical_p")  # in the order of filter_logits()
-
 def write_page(path, model, tokenizer, ids, first, source):
     """Writes a page, of one file, about ids, those from first on written by the model."""
     kept = min(len(ids), model.config.block_size, 256)  # weights are kept * kept / 2 a head
     ids, first = ids[-kept:], max(0, first - len(ids) + kept)
     numbers = explanation(model, tokenizer, ids, first) | {"title": str(source)}
-    log = Path(source).with_name("metrics.csv")
-    if log.is_file():
+    if (log := Path(source).with_name("metrics.csv")).is_file():
         rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)[1:]  # without step 0
         numbers["curve"] = {name: significant(rows[name]) for name in ("step", "loss", "val")}
     text = json.dumps(numbers).replace("<", "\\u003c")  # in a script no text may end it
@@ -488,9 +482,7 @@ def explanation(model, tokenizer, ids, first):
         between = before + attended if block.pre_norm else block.ln_1(before + attended)
         added = block.mlp(block.ln_2(between) if block.pre_norm else between)
         sizes.append([significant(part[0].norm(dim=-1)) for part in (after, attended, added)])
-
-    # The last logits are the model's own: what it expects after each token.
-    nats = -logits.log_softmax(dim=-1)
+    nats = -logits.log_softmax(dim=-1)  # those of the last layer are the model's own
     top = probs.topk(min(10, probs.shape[1]))
     struck = [struck_out(logits[t:t + 1], x[:, :t + 1])[top.indices[t]].tolist()
               if t + 1 >= first and num_beams == 1 else [] for t in range(T)]

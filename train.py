@@ -626,8 +626,8 @@ def evaluate(forward, rows, device="cpu", max_batches=0):
 
 @torch.compiler.set_stance("force_eager")  # else a graph is compiled for the other shapes
 def losses(raw, autocast, data, device):
-    """{"train", "val"} losses in nats per token, of eval_iters batches or of all of val, and val's
-    perplexity, "ppl", and "accuracy"."""
+    """{"train", "val"} losses in nats per token, of eval_iters batches or of all of val, and for
+    val "ppl", its perplexity, and "accuracy"."""
     forward = autocast(raw.eval().forward)
     most = {"train": eval_iters or math.ceil(data["val"].number / batch_size), "val": eval_iters}
     (train, _), (val, accuracy) = (evaluate(forward, data[split], device, number)
@@ -783,8 +783,8 @@ def print_result(progress, rows, counts, guesses, run_dir, raw, device):
         if floor := counts.get("nats_per_token"):
             print(f"the text's entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
         if loss > guesses["bigram"]:
-            print(f"a bigram, which looks one token back, has {guesses['bigram']:.4f}: train longer, "
-                  f"or try another --learning_rate")
+            print(f"a bigram, which looks one token back, has {guesses['bigram']:.4f}: train longer,"
+                  f" or try another --learning_rate")
     if progress["skipped"]:
         print(f"{progress['skipped']:,} steps skipped, whose float16 gradients overflowed")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: {speed:,.0f} tokens/s, "
@@ -952,7 +952,7 @@ def norms_by_layer(raw, tensors):
 
 @torch.no_grad()
 def update_sizes(raw, before):
-    """{"update/layer": norm of its last update / norm of its weights before it}; uses up before."""
+    """{"update/layer": norm of its last update / norm of its weights before}; uses up before."""
     weights = norms_by_layer(raw, before)
     updates = norms_by_layer(raw, [old.sub_(p) for p, old in zip(raw.parameters(), before)])
     return {f"update/{layer}": updates[layer] / max(weights[layer], 1e-30) for layer in weights}

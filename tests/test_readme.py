@@ -1,6 +1,7 @@
 """Every command in README.md and every config is one that works."""
 
 import ast
+import inspect
 import re
 import shlex
 import shutil
@@ -12,6 +13,8 @@ import pytest
 import torch
 from conftest import REPO
 
+import model
+import train
 from model import GPT, GPTConfig
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -20,7 +23,8 @@ COMMANDS = sorted({line.split(" #")[0].strip() for block in BLOCKS
                    for line in block.splitlines() if re.search("python |torchrun ", line)})
 CONFIGS = sorted(path.name for path in (REPO / "config").glob("[!_]*.py"))
 VOCABULARY = {"shakespeare_char": 65, "shakespeare_gpt2": 50257, "grammar_bpe": 1207,
-              "tinystories_char": 91, "tinystories_gpt2": 50257, "tinystories_slice_gpt2": 50257,
+              "tinystories_char": 91, "tinystories_gpt2": 50257,
+              "tinystories_published": 50257, "tinystories_slice_gpt2": 50257,
               "tinystories_bpe": 4096}
 
 
@@ -49,9 +53,22 @@ def test_ci_runs_the_quick_start_and_the_tests_word_for_word():
     assert tests in ci
 
 
+def test_the_words_of_the_readme_are_places_in_the_code():
+    rows = re.findall(r"^\| .+ \| .+ \| `([\w.]+)`(?:: (.+))? \|$", README.partition("</details>")[0],
+                      re.MULTILINE)
+    assert len(rows) == 22
+    modules = {"model": model, "train": train}
+    for place, names in rows:
+        first, _, rest = place.partition(".")
+        found = modules.get(first) or getattr(model, first)
+        found = getattr(found, rest) if rest else found
+        for name in filter(None, names.split(", ")):
+            assert re.search(rf"\b{name}\b", inspect.getsource(found)), (place, name)
+
+
 def test_the_readme_is_short_and_says_where_the_network_ends_and_how_many_lines_there_are():
-    lines = README.splitlines()
-    assert len(lines) <= 240
+    seen = re.sub("<details>.*?</details>", "", README, flags=re.DOTALL)  # the rest is folded
+    assert len(seen.splitlines()) <= 265
     assert max(map(len, "".join(re.findall("```.*?```", README, re.DOTALL)).splitlines())) <= 100
     tree = ast.parse((REPO / "model.py").read_text())
     gpt = next(node for node in tree.body if getattr(node, "name", "") == "GPT")
