@@ -19,6 +19,7 @@
     python tests/benchmark.py trust        what a step of shakespeare_char's model pays for runs
                                            that can be stopped, killed and resumed
     python tests/benchmark.py around       what is not the model: batches, the log, evaluations
+    python tests/benchmark.py counts       baselines() of 100 million tokens: seconds, memory
     python tests/benchmark.py curves data/shakespeare_char
                                            the loss curves of bfloat16 against float32's
     python tests/benchmark.py padding out/tinystories_gpt2
@@ -396,6 +397,33 @@ def around():
           f"metrics and pictures {metrics / whole:.2%}")
 
 
+def counts():
+    """Seconds and memory that baselines() takes in a process of its own, with the pages of the file
+    it reads: 100 million tokens to count and 1 or 5 of val, as frequent as words are."""
+    def measure(path, vocab_size, val, queue):
+        tokens = np.asarray(np.memmap(path, np.uint16, "r"))
+        before, began = script.peak_memory(torch.device("cpu")), time.perf_counter()
+        script.baselines(tokens[:-val], tokens[-val:], vocab_size)
+        took = time.perf_counter() - began
+        queue.put((took, (script.peak_memory(torch.device("cpu")) - before) / 1e6))
+
+    fork = multiprocessing.get_context("fork")
+    for vocab_size, val in itertools.product((65, 4096, 50257), (1_000_000, 5_000_000)):
+        with tempfile.NamedTemporaryFile() as file:
+            chances = 1 / np.arange(1, vocab_size + 1)
+            part = np.random.default_rng(0).choice(vocab_size, 10_000_000, p=chances / chances.sum())
+            for seed in range(11):
+                np.random.default_rng(seed).permutation(part.astype(np.uint16)).tofile(file)
+            file.flush()
+            queue = fork.Queue()
+            process = fork.Process(target=measure, args=(file.name, vocab_size, val, queue))
+            process.start()
+            took, memory = queue.get()
+            process.join()
+        print(f"{vocab_size:,} kinds, {val:,} of val: {took:.2f} s, {memory:,.0f} MB")
+        record("counts", vocab_size=vocab_size, val=val, seconds=took, megabytes=memory)
+
+
 def curves(data):
     """The training loss of 300 steps of 4 x 128, same batches, in bfloat16 against float32: the
     largest difference of a mean over 10 steps, and that of the exact val loss at the end."""
@@ -689,8 +717,8 @@ def speedrun(nanogpt, data, seeds="3"):
 
 
 if __name__ == "__main__":
-    wanted = {"around": around, "attention": attention_kernels, "curves": curves, "dtype": dtype,
-              "encode": encode, "kernels": kernels, "levers": levers, "padding": padding,
+    wanted = {"around": around, "attention": attention_kernels, "counts": counts, "curves": curves,
+              "dtype": dtype, "encode": encode, "kernels": kernels, "levers": levers, "padding": padding,
               "sample": sample, "speedrun": speedrun, "train": train, "trust": trust}
     if "--device=cuda" in sys.argv or "levers" in sys.argv:
         sys.argv = [argument for argument in sys.argv if argument != "--device=cuda"]
