@@ -108,8 +108,8 @@ def main():
         ids = write(model, tokenizer, ids.to(device), read_token, words)
         if attention or explain:  # in float32, whatever was the fastest
             model = load_checkpoint(source, "cpu", cache_dir)["model"]
-    if explain:
-        write_page(explain, model, tokenizer, ids, first, source)
+        if explain:
+            write_page(explain, model, tokenizer, ids, first, source)
     if attention:
         plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to "
                                               f"those up to it (across)")
@@ -453,22 +453,26 @@ def tokenizer_json(tokenizer):
 def write_page(path, model, tokenizer, ids, first, source):
     """Writes a page, of one file, about ids, those from first on written by the model."""
     kept = min(len(ids), model.config.block_size, 256)  # weights are kept * kept / 2 a head
-    ids, first = ids[-kept:], max(0, first - len(ids) + kept)
-    numbers = explanation(model, tokenizer, ids, first) | {"title": str(source)}
-    if (log := Path(source).with_name("metrics.csv")).is_file():
-        rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)[1:]  # without step 0
-        numbers["curve"] = {name: significant(rows[name]) for name in ("step", "loss", "val")}
+    past, ids = ids[:-kept], ids[-kept:]
+    numbers = explanation(model, tokenizer, ids, max(0, first - len(past)), past)
+    numbers["title"] = f"What a text does in {source}"
+    with suppress(OSError, ValueError, LookupError), warnings.catch_warnings(action="ignore"):
+        log = Path(source).with_name("metrics.csv")
+        rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1, invalid_raise=False)
+        curve = {name: significant(rows[name][1:]) for name in ("step", "loss", "val")}
+        if Path(source).suffix == ".pt" and any(curve["loss"]):  # a run's, and not a stranger's
+            numbers["curve"] = curve
     text = json.dumps(numbers).replace("<", "\\u003c")  # in a script no text may end it
-    with stop_on_error(), atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.write(PAGE.replace("NUMBERS", text).encode())
 
 @torch.inference_mode()
-def explanation(model, tokenizer, ids, first):
-    """What T ids do in a model on a CPU, as plain values, for each of them: what the model expects
-    next, how surprising what came was, in bits; and for each layer what lm_head would make of
-    its state (the logit lens), norms, attention weights (base64 of float32, up to each token)."""
+def explanation(model, tokenizer, ids, first, past):
+    """Plain values for the page, from a model on a CPU, for each of T ids, which follow past: what
+    it expects next, the surprise of what came, in bits; and after each layer what lm_head makes
+    of the state (the logit lens), norms, attention weights (triangles of float32 in base64)."""
     x, maps, states, lens, sizes = torch.tensor([ids]), [], [], [], []
-    final = model.hidden(x, maps=maps, states=states)                        # (1, T, C)
+    model.hidden(x, maps=maps, states=states)
     T, came = len(ids), x[0, 1:]
     for block, before, after in zip(model.h, states, states[1:]):
         logits = model.lm_head(model.ln_f(after))[0, :, :tokenizer.vocab_size].double()  # (T, V)
@@ -482,15 +486,16 @@ def explanation(model, tokenizer, ids, first):
         between = before + attended if block.pre_norm else block.ln_1(before + attended)
         added = block.mlp(block.ln_2(between) if block.pre_norm else between)
         sizes.append([significant(part[0].norm(dim=-1)) for part in (after, attended, added)])
+    check_finite(logits)
     nats = -logits.log_softmax(dim=-1)  # those of the last layer are the model's own
-    top = probs.topk(min(10, probs.shape[1]))
-    struck = [struck_out(logits[t:t + 1], x[:, :t + 1])[top.indices[t]].tolist()
+    top, seen = probs.topk(min(10, probs.shape[1])), torch.tensor([past + ids])
+    struck = [struck_out(logits[t:t + 1], seen[:, :len(past) + t + 1])[top.indices[t]].tolist()
               if t + 1 >= first and num_beams == 1 else [] for t in range(T)]
     triangle = torch.cat(maps)[:, :, *torch.tril_indices(T, T)]              # (L, H, ...)
-    parts = {"wte": [model.wte], "wpe": [model.wpe]}
-    parts |= {f"{len(model.h)} x {name}": [getattr(block, name) for block in model.h]
-              for name in ("ln_1", "attn", "ln_2", "mlp")}
-    parts |= {"ln_f": [model.ln_f], "lm_head": [] if model.config.tied else [model.lm_head]}
+    L, tied = len(model.h), model.config.tied
+    parts = [("wte", model.wte, 1), ("wpe", model.wpe, 1)]
+    parts += [(f"{L} x {name}", part, L) for name, part in model.h[0].named_children()]
+    parts += [("ln_f", model.ln_f, 1), ("lm_head", model.lm_head, not tied)]
     return {
         "tokens": [shown(tokenizer, i) for i in ids], "first": first, "filters": FILTERS,
         "surprise": significant(nats[:-1].gather(1, came[:, None])[:, 0] / math.log(2)),
@@ -500,9 +505,8 @@ def explanation(model, tokenizer, ids, first):
         "ids": ids, "top_ids": top.indices.tolist(), "lens": lens, "sizes": sizes,
         "heads": model.config.n_head,
         "attention": base64.b64encode(triangle.numpy().tobytes()).decode(),
-        "parts": [[name, [1, *(logits if name == "lm_head" else final[0]).shape],
-                   sum(p.numel() for module in modules for p in module.parameters())]
-                  for name, modules in parts.items()]}
+        "parts": [[name, [1, *(logits if name == "lm_head" else after[0]).shape],
+                   n * sum(p.numel() for p in part.parameters())] for name, part, n in parts]}
 
 def struck_out(logits, seen):
     """(1, V) logits -> (V,) numbers of the filter that strikes out each token, from 1; 0: none."""
@@ -522,22 +526,18 @@ def shown(tokenizer, i):
     text = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text)
     return EOT if i == tokenizer.eot else text
 
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
+PAGE = r"""<!DOCTYPE html><html lang="en">
+<meta charset="utf-8"><title>What a text does in the model</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What a text does in the model</title>
 <style>
 :root { color-scheme: light dark; --ink: light-dark(#1a1a1a, #eee); --line: light-dark(#ccc, #555);
   --paper: light-dark(#fff, #181818); --surprise: #d55e00; --weight: #1f83c9; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.2rem; overflow-wrap: anywhere; } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
-main { display: grid; gap: 0 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
-section { min-width: 0; } .wide { grid-column: 1 / -1; }
-.scroll { overflow: auto; max-height: 30rem; }
-table { border-collapse: collapse; font-size: .85rem; }
+  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.2rem; } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
+main { display: grid; gap: 0 2rem; grid: auto / repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+section { min-width: 0; overflow-x: auto; } .wide { grid-column: 1 / -1; }
+.scroll { overflow: auto; max-height: 30rem; } table { border-collapse: collapse; font-size: 85%; }
 th, td { padding: .1rem .5rem; text-align: right; white-space: pre; unicode-bidi: isolate; }
 th:first-child, td:first-child { text-align: left; }
 .lens th:first-child { position: sticky; left: 0; background: var(--paper); }
@@ -545,34 +545,32 @@ th:first-child, td:first-child { text-align: left; }
   border: 1px solid var(--line); background: var(--paper); line-height: 2; }
 #text span { padding: .2em 0; white-space: pre-wrap; unicode-bidi: isolate; cursor: pointer; }
 #text span.written { border-bottom: 2px dotted var(--line); }
-[aria-selected=true], td.chosen, th.chosen { outline: 2px solid var(--ink); }
+[aria-selected=true], .chosen { outline: 2px solid var(--ink); outline-offset: -2px; }
 .scale { display: inline-block; width: 8rem; height: .8rem; vertical-align: middle;
   background: linear-gradient(to right, transparent, var(--tint)); border: 1px solid var(--line); }
 .bar { min-width: 6rem; background: linear-gradient(var(--weight), var(--weight)) no-repeat;
   background-position: 0 90%; background-size: var(--size) 3px; }
 .came { font-weight: bold; } .struck { text-decoration: line-through; opacity: .7; }
 #maps { display: grid; gap: 3px; }
-#maps button { padding: 0; border: 2px solid transparent; background: none; }
+#maps button { padding: 0; border: 2px solid var(--line); background: none; }
 #maps button[aria-pressed=true] { border-color: var(--ink); }
-canvas { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated;
-  border: 1px solid var(--line); box-sizing: border-box; }
+canvas { display: block; width: 100%; image-rendering: pixelated; }
 svg { width: 100%; max-width: 30rem; fill: none; stroke-width: 1.5; }
 </style>
 <h1></h1>
-<p>Point at a token, tap it, or move with the arrow keys: what the model makes of it, and of those
-  before it, stands below. Tokens with a dotted line were written by the model.</p>
+<p>Point at a token, tap it or use the arrow keys. The model wrote those with a dotted line.</p>
 <div id="text" role="listbox" aria-label="The text, token by token" tabindex="0"></div>
-<p id="legend"></p>
+<p id="legend" aria-live="polite"></p>
 <main>
-  <section aria-live="polite"><h2>What it expected next</h2><p id="expected"></p>
+  <section><h2>What it expected next</h2><p id="expected" aria-live="polite"></p>
     <table id="top"></table></section>
   <section><h2>What it would expect after each layer</h2>
     <div class="scroll"><table id="layers"></table></div></section>
   <section class="wide"><h2>The same for all: the likeliest next token, rank of what came</h2>
     <div class="scroll"><table class="lens" id="lens"></table></div></section>
-  <section><h2>Attention: who looks at whom</h2><p>A row is a layer, a column a head; in a map each
-    token (down) looks at those up to it (across). Open one to see it over the text.</p>
-    <div class="scroll"><div id="maps"></div></div></section>
+  <section><h2>Attention: who looks at whom</h2><p>A row is a layer, a column a head; each token
+    (down) looks at those up to it (across), by the root of its weight. Open a map to see more.</p>
+    <div class="scroll"><div id="maps"></div></div><canvas id="map" width="0"></canvas></section>
   <section><h2>Sizes: norm of the stream, and of what is added to it</h2>
     <div class="scroll"><table id="sizes"></table></div>
     <h2>Shapes and parameters</h2><table id="parts"></table>
@@ -582,10 +580,13 @@ svg { width: 100%; max-width: 30rem; fill: none; stroke-width: 1.5; }
 <script>
 const page = JSON.parse(document.getElementById("numbers").textContent)
 const tokens = page.tokens, T = tokens.length, L = page.sizes.length, H = page.heads
-const floats = new Float32Array(Uint8Array.from(atob(page.attention), c => c.charCodeAt(0)).buffer)
-const weight = (layer, head, t, s) =>    // how much place t looks at s; a map is a triangle
-  s > t ? 0 : floats[((layer * H + head) * T * (T + 1) + t * (t + 1)) / 2 + s]
-let chosen = Math.max(0, page.first - 1), open = null    // a place; [layer, head] of a map
+const letters = atob(page.attention), bytes = new Uint8Array(letters.length)
+for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i)
+const floats = new Float32Array(bytes.buffer)
+const weight = (map, t, s) =>    // how much place t looks at s; a map is a triangle
+  s > t ? 0 : floats[(map * T * (T + 1) + t * (t + 1)) / 2 + s]
+const named = map => `layer ${Math.floor(map / H) + 1}, head ${map % H + 1}`
+let chosen = Math.max(0, page.first - 1), clicked = chosen, open = -1    // places; a map, if any
 const $ = id => document.getElementById(id)
 function make(tag, text, attributes = {}) {
   const element = document.createElement(tag)
@@ -601,31 +602,35 @@ function fill(table, head, rows) {    // rows of [cells, attributes]; a cell: te
     return row
   }))
 }
-const quoted = text => "«" + text.replaceAll(" ", "·") + "»"    // blanks that can be seen
+const quoted = text => "\u2068«" + text.replaceAll(" ", "·") + "»\u2069"    // a blank is seen
 const short = v => v.toPrecision(3), percent = p => short(100 * p) + "%"
 const bar = (text, share) => make("td", text, {class: "bar", style: `--size: ${100 * share}%`})
 const tint = (color, share) =>    // never so strong that letters are hard to read
   `color-mix(in srgb, ${color} ${Math.round(70 * Math.min(1, share))}%, transparent)`
-$("text").append(...tokens.map((token, t) => {    // surprise, rank of token t stand at t - 1
+$("text").append(...tokens.map((token, t) => {    // its own surprise and rank stand at t - 1
   const span = make("span", token.replaceAll("\u23ce", "\u23ce\n"), {role: "option", id: "t" + t,
     "aria-label": `${t + 1}: ${quoted(token)}` +
       (t ? `, ${short(page.surprise[t - 1])} bits, rank ${page.rank[t - 1]}` : "")})
   if (t >= page.first) span.className = "written"
-  span.onpointerover = span.onclick = () => choose(t)
+  span.onpointerover = () => choose(t)
+  span.onclick = () => choose(clicked = t)
   return span
 }))
+$("text").onpointerleave = () => choose(clicked)
 function color() {    // the text by surprise, or by the weights of the map that is open
-  const most = Math.max(1, ...page.surprise), hue = open ? "var(--weight)" : "var(--surprise)"
-  tokens.forEach((_, t) => $("t" + t).style.background = tint(hue,
-    open ? weight(...open, chosen, t) : t ? page.surprise[t - 1] / most : 0))
-  const scale = make("span", "", {class: "scale", style: `--tint: ${tint(hue, 1)}`})
-  $("legend").replaceChildren(...(open ? [`layer ${open[0] + 1}, head ${open[1] + 1}, weights of ` +
-    `${quoted(tokens[chosen])}: 0 `, scale, " 1"] : ["surprise 0 ", scale, ` ${short(most)} bits`]))
+  const value = t => open >= 0 ? weight(open, chosen, t) : t ? page.surprise[t - 1] : 0
+  const most = Math.max(open >= 0 ? 0 : 1, ...tokens.map((_, t) => value(t)))
+  const hue = open >= 0 ? "var(--weight)" : "var(--surprise)"
+  tokens.forEach((_, t) => $("t" + t).style.background = tint(hue, value(t) / most))
+  $("legend").replaceChildren(open >= 0 ? `${named(open)}: weights of ${quoted(tokens[chosen])}, 0 `
+    : "surprise, 0 ", make("span", "", {class: "scale", style: `--tint: ${tint(hue, 1)}`}),
+    open >= 0 ? ` to ${percent(most)}` : ` to ${short(most)} bits`)
 }
 function choose(t) {
   $("t" + chosen).removeAttribute("aria-selected")
   chosen = t
   $("t" + t).setAttribute("aria-selected", "true")
+  $("t" + t).scrollIntoView({block: "nearest"})
   $("text").setAttribute("aria-activedescendant", "t" + t)
   const came = tokens[t + 1], struck = page.struck[t]
   $("expected").textContent = `After ${quoted(tokens[t])}: entropy ${short(page.entropy[t])} bits` +
@@ -635,7 +640,7 @@ function choose(t) {
     return [[quoted(token), bar(percent(page.p[t][i]), page.p[t][i]),
       fate === "struck" ? "out by " + page.filters[struck[i] - 1] : fate], {class: fate}]
   }))
-  fill($("layers"), ["after layer", "likeliest", "probability", "rank of what came"],
+  fill($("layers"), ["layer", "likeliest", "probability", "rank"],
     page.lens.map((layer, i) => [[i + 1, quoted(layer.token[t]),
       bar(percent(layer.p[t]), layer.p[t]), layer.rank[t] ?? ""], {}]))
   const most = Math.max(...page.sizes.flat().map(row => row[t]))
@@ -653,38 +658,37 @@ fill($("parts"), ["part", "shape after it", "parameters"], page.parts.map(
   ([name, shape, count]) => [[name, shape.join(" x "), count.toLocaleString("en")], {}]))
 document.querySelector("h1").textContent = document.title = page.title
 $("maps").style.gridTemplateColumns = `repeat(${H}, minmax(2rem, 9rem))`
-for (let layer = 0; layer < L; layer++) for (let head = 0; head < H; head++) {
-  const button = make("button", "", {"aria-pressed": "false",
-    "aria-label": `attention of layer ${layer + 1}, head ${head + 1}`})
-  const canvas = make("canvas", "", {width: T, height: T})
-  const image = new ImageData(T, T)
-  for (let t = 0; t < T; t++) for (let s = 0; s <= t; s++)    // its root shows small ones
-    image.data.set([31, 131, 201, 255 * Math.sqrt(weight(layer, head, t, s))], 4 * (t * T + s))
+for (let map = 0; map < L * H; map++) {
+  const button = make("button", "", {"aria-pressed": "false", "aria-label": named(map)})
+  const canvas = make("canvas", "", {width: T, height: T}), image = new ImageData(T, T)
+  for (let t = 0; t < T; t++) for (let s = 0; s <= t; s++)
+    image.data.set([31, 131, 201, 255 * Math.sqrt(weight(map, t, s))], 4 * (t * T + s))
   canvas.getContext("2d").putImageData(image, 0, 0)
-  button.append(canvas)
-  button.onclick = () => show(open?.join() === [layer, head].join() ? null : [layer, head])
-  $("maps").append(button)
+  button.onclick = () => show(open === map ? -1 : map)
+  $("maps").appendChild(button).append(canvas)
 }
 function show(map) {
   open = map
-  Array.from($("maps").children).forEach((button, i) =>
-    button.setAttribute("aria-pressed", String(!!open && i === open[0] * H + open[1])))
+  Array.from($("maps").children).forEach((each, i) => each.setAttribute("aria-pressed", i === map))
+  $("map").width = $("map").height = map < 0 ? 0 : T
+  if (map >= 0) $("map").getContext("2d").drawImage($("maps").children[map].firstChild, 0, 0)
   color()
 }
 document.onkeydown = event => {
-  const to = {ArrowLeft: chosen - 1, ArrowRight: chosen + 1, Home: 0, End: T - 1}[event.key]
-  if (event.key === "Escape") show(null)
-  if (to === undefined) return
+  const ends = event.target.id === "text" ? {Home: 0, End: T - 1} : {}
+  const to = {ArrowLeft: clicked - 1, ArrowRight: clicked + 1, ...ends}[event.key]
+  if (event.key === "Escape") show(-1)
+  if (to === undefined || event.altKey || event.ctrlKey || event.metaKey
+      || event.target.className === "scroll") return    // they are the browser's
   event.preventDefault()
-  choose(Math.max(0, Math.min(T - 1, to)))
+  choose(clicked = Math.max(0, Math.min(T - 1, to)))
 }
 if (page.curve) {    // loss of the training batches, and of val
   const {step, loss, val} = page.curve, all = [...loss, ...val].filter(v => v != null)
   const low = Math.min(...all), high = Math.max(...all), last = step.at(-1) || 1
-  const place = (v, i) => v == null ? ""
-    : `${400 * step[i] / last},${125 - 120 * (v - low) / (high - low || 1)}`
-  const line = (values, color) =>
-    `<polyline stroke="${color}" points="${values.map(place).join(" ")}"/>`
+  const place = (v, i) => [400 * step[i] / last, 125 - 120 * (v - low) / (high - low || 1)]
+  const line = (values, color) => `<polyline stroke="${color}" points="` +
+    values.map((v, i) => v == null ? "" : place(v, i)).join(" ") + `"/>`
   $("curve").innerHTML = `<h2>Loss of the run</h2>    <!-- numbers alone -->
     <svg viewBox="0 0 400 130" role="img" aria-label="loss by step">
     ${line(loss, "#999")}${line(val, "var(--weight)")}</svg>

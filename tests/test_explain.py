@@ -133,6 +133,17 @@ def test_what_the_filters_struck_out_is_marked(lively, explain):
     assert explain("--start=abab", "--max_new_tokens=2", "--num_beams=2")["struck"] == [[]] * 6
 
 
+def test_what_left_the_page_still_counts_for_what_is_struck_out(lively, explain):
+    """Of a text longer than the context no_repeat_ngram=1 bars every token that the whole text has."""
+    lively(CharTokenizer("".join(map(chr, range(97, 177)))))
+    page = explain("--start=abcdefghij", "--max_new_tokens=50", "--no_repeat_ngram=1")
+    assert len(page["tokens"]) == 24 and page["first"] == 0
+    number = 1 + page["filters"].index("no_repeat_ngram")
+    pairs = [pair for row in zip(page["top_ids"], page["struck"]) for pair in zip(*row)]
+    assert {struck for i, struck in pairs if i < 10} == {number}  # the ten of the prompt
+    assert 0 in {struck for i, struck in pairs}
+
+
 def test_of_a_long_text_the_page_shows_what_the_context_holds(lively, explain):
     lively(CharTokenizer("abcdefgh"))
     page = explain("--start=abcdefghabcdefgh", "--max_new_tokens=20")
@@ -150,6 +161,31 @@ def test_a_run_with_a_table_has_its_curve_on_the_page(run, train):
     assert curve["step"] == [1, 2, 3, 4, 5, 6] and len(curve["loss"]) == 6
     best = load_checkpoint("out/tiny/best.pt")["progress"]["best_loss"]
     assert min(v for v in curve["val"] if v is not None) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("table", [b"", b"step,loss,val\n", b"step\n1\n2\n", b"a,b\n1,2\n3,4\n",
+                                   b"step,loss,val\n0,,4\n1,nan,\n", b"\xff\x00\xfe" * 9])
+def test_a_table_without_a_curve_is_left_out(lively, explain, table):
+    lively(CharTokenizer("abc"))
+    Path("out/lively/metrics.csv").write_bytes(table)
+    assert "curve" not in explain("--start=a", "--max_new_tokens=2")
+
+
+def test_a_row_that_was_cut_is_left_out_of_the_curve(lively, explain):
+    lively(CharTokenizer("abc"))
+    Path("out/lively/metrics.csv").write_text("step,loss,val\n0,,4\n1,3,\n2,2,2\n3,1")
+    assert explain("--start=a", "--max_new_tokens=2")["curve"] == {
+        "step": [1, 2], "loss": [3, 2], "val": [None, 2]}
+
+
+def test_a_folders_model_has_no_curve_of_a_strangers(lively, run):
+    lively(BPETokenizer({"kind": "bpe", "tokens": []}))
+    assert run("sample.py", "--out_dir=out/lively", "--export=exported").status == 0
+    Path("metrics.csv").write_text("step,loss,val\n0,,4\n1,3,3\n2,2,2\n")
+    for source in ("exported", "exported/../exported"):
+        assert run("sample.py", f"--init_from={source}", "--start=a", "--max_new_tokens=2",
+                   "--explain=page.html").status == 0
+        assert "curve" not in numbers()
 
 
 class Tags(HTMLParser):
@@ -207,13 +243,21 @@ const now = () => [document.querySelector("[aria-selected=true]").id, $("expecte
 seen.first = now()
 $("t2").dispatchEvent(new PointerEvent("pointerover", {bubbles: true}))
 seen.pointed = now()
-document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}))
+$("t2").click()
+$("t9").dispatchEvent(new PointerEvent("pointerover", {bubbles: true}))
+$("text").dispatchEvent(new PointerEvent("pointerleave"))
+seen.kept = now()
+const press = (key, options = {}) => $("text").dispatchEvent(
+  new KeyboardEvent("keydown", {key, bubbles: true, ...options}))
+press("ArrowRight")
 seen.right = now()
-document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "Home", bubbles: true}))
+press("ArrowRight", {altKey: true})
+seen.back = now()
+press("Home")
 seen.home = now()
 $("maps").children[1].click()
 seen.open = [$("legend").textContent, document.querySelectorAll("[aria-pressed=true]").length]
-document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}))
+press("Escape")
 seen.closed = [$("legend").textContent, document.querySelectorAll("[aria-pressed=true]").length]
 seen.rows = ["top", "layers", "lens", "sizes", "parts"].map(id => $(id).rows.length)
 document.body.replaceChildren(make("pre", "SEEN" + JSON.stringify(seen) + "NEES"))
@@ -237,11 +281,13 @@ def test_a_browser_shows_the_page_and_selects_by_mouse_and_key(lively, explain):
                       .replace("&lt;", "<").replace("&gt;", ">"))
     T = len(page["tokens"])
     assert seen["errors"] == [] and seen["tokens"] == T
-    assert [seen[name][0] for name in ("first", "pointed", "right", "home")] == [
-        f"t{page['first'] - 1}", "t2", "t3", "t0"]
+    assert [seen[name][0] for name in ("first", "pointed", "kept", "right", "back", "home")] == [
+        f"t{page['first'] - 1}", "t2", "t2", "t3", "t3", "t0"]
     rank, bits = page["rank"][2], page["surprise"][2]
+    for shown in (seen["pointed"], seen["open"]):
+        shown[:] = [str(text).replace("\u2068", "").replace("\u2069", "") for text in shown]
     assert f"After «s»: entropy {page['entropy'][2]:#.3g} bits" in seen["pointed"][1]
     assert f"«c» came, rank {rank}, {bits:#.3g} bits" in seen["pointed"][1]
-    assert seen["open"][0].startswith("layer 1, head 2, weights of «<»") and seen["open"][1] == 1
-    assert seen["closed"][0].startswith("surprise 0 ") and seen["closed"][1] == 0
+    assert seen["open"] == ["layer 1, head 2: weights of «<», 0  to 100%", "1"]  # the first token
+    assert seen["closed"][0].startswith("surprise, 0 ") and seen["closed"][1] == 0
     assert seen["rows"] == [11, 4, 4, 4, 9]
