@@ -657,8 +657,8 @@ def load_model(path, tokenizer, device, **changes):
 def training_state(saved, path, progress, checksums):
     """(progress, optimizers' states) of a checkpoint, if its settings and data are this run's."""
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
-        later = {"steps": 0, "best_train": math.nan, "best_accuracy": math.nan}  # of no old run
-        kept = later | saved["progress"]
+        lacking = {"steps": 0, "best_train": math.nan, "best_accuracy": math.nan}  # in old runs
+        kept = lacking | saved["progress"]
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
