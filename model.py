@@ -795,12 +795,13 @@ def unescape(text):
     text = plain(text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
-def encode_prompt(tokenizer, start):
+def encode_prompt(tokenizer, start, document_rows=False):
     """(1, T) ids of a prompt, or of the file that FILE:path names. An empty one begins a text:
-    with eot, a line end, or the first of the vocabulary. Raises OSError or ValueError."""
+    with eot, a line end, or the first of the vocabulary; with document_rows, as in training,
+    each begins with eot. Raises OSError or ValueError."""
     text = read_text(start[5:]) if start.startswith("FILE:") else start
-    if not text and tokenizer.eot is not None:
-        return torch.tensor([[tokenizer.eot]])
+    if tokenizer.eot is not None and (not text or document_rows):
+        return torch.tensor([[tokenizer.eot, *tokenizer.encode(text.removeprefix(EOT)).tolist()]])
     if not text:
         known = tokenizer.spec.get("vocabulary", "\n")
         text = "\n" if "\n" in known else known[0]

@@ -86,11 +86,13 @@ def main():
     read_token = None
     if compile.lower() == "true":
         read_token = tried("torch.compile", partial(compile_reading, model, device))
+    run = saved.get("settings", {})
+    encode = partial(encode_prompt, tokenizer, document_rows=run.get("document_rows", False))
     if interactive:
         print(f"{source}, an empty line or Ctrl-D ends", file=sys.stderr)
         for line in prompts():
             try:
-                ids = encode_prompt(tokenizer, line).to(device)
+                ids = encode(line).to(device)
             except (ValueError, OSError) as error:  # of this prompt alone
                 print(error, file=sys.stderr)
                 continue
@@ -98,10 +100,10 @@ def main():
                 write(model, tokenizer, ids, read_token, words)
         return
     with stop_on_error(2):
-        ids = encode_prompt(tokenizer, unescape(start))
+        ids = encode(unescape(start))
     if not start:
         with suppress(ValueError, OSError):  # the run's may be a file that is gone
-            ids = encode_prompt(tokenizer, unescape(saved.get("settings", {}).get("start", "")))
+            ids = encode(unescape(run.get("start", "")))
     print(f"{source}:", file=sys.stderr)
     first = ids.shape[1]  # of the tokens that are written
     with stop_on_error():

@@ -147,7 +147,8 @@ def main(cleanup):
     with stop_on_error(2):
         config = GPTConfig(vocab_size=padded, **shape)
         require_memory(config, device)
-        prompt = encode_prompt(tokenizer, unescape(start)) if sample_interval else None
+        prompt = (encode_prompt(tokenizer, unescape(start), document_rows)
+                  if sample_interval else None)
 
     # ---- the model: of a run, new, or with the weights of others ----
     # A resumed run is the same run by these alone: batches and random numbers follow from step.
@@ -783,8 +784,8 @@ def print_result(progress, rows, counts, guesses, run_dir, raw, device):
         if floor := counts.get("nats_per_token"):
             print(f"the text's entropy is {floor:.4f}, the loss {loss / floor - 1:.1%} above it")
         if loss > guesses["bigram"]:
-            print(f"a bigram, which looks one token back, has {guesses['bigram']:.4f}: train longer,"
-                  f" or try another --learning_rate")
+            print(f"a bigram, which looks one token back, has {guesses['bigram']:.4f}: train "
+                  f"longer, or try another --learning_rate")
     if progress["skipped"]:
         print(f"{progress['skipped']:,} steps skipped, whose float16 gradients overflowed")
     print(f"{done:,} steps in {seconds:,.1f} s, evaluations included: {speed:,.0f} tokens/s, "
@@ -815,8 +816,9 @@ def plot_curves(run_dir, guesses):
              label=f"best: {best['val']:.4f} at {best['step']:,.0f}")
     for (name, loss), style in zip(guesses.items(), ("-", "--", "-.", ":")):
         top.axhline(loss, color="k", linestyle=style, lw=0.6, label=f"{name}: {loss:.4f}")
-    if len(rows) > 1:
-        top.set_ylim(None, 1.1 * np.nanmax(rows["val"]))  # the first batches lie far above
+    low = np.nanmin([guesses.get("entropy of the text", math.nan),
+                     *(np.nanmin(rows[name]) for name in ("train", "val"))])
+    top.set_ylim(0.95 * low, 1.1 * np.nanmax(rows["val"]))  # others may lie far from these
     right = top.secondary_yaxis("right", ylabel="perplexity")
     right.yaxis.set_major_formatter(lambda loss, _: f"{perplexity(loss):,.4g}")
     top.set(title=f"{run_dir}: loss by step", ylabel="nats per token")

@@ -49,6 +49,10 @@ def test_end_of_text_is_one_token_and_comes_back_as_text(gpt2):
         assert ids[1] == ids[3] == eot == tokenizer.eot and len(ids) == 4
         assert tokenizer.decode(ids) == "a<|endoftext|>b<|endoftext|>"
         assert encode_prompt(tokenizer, "").tolist() == [[eot]]
+        ab = tokenizer.encode("ab").tolist()  # a row of a document begins with eot
+        for text in ("ab", "<|endoftext|>ab"):
+            assert encode_prompt(tokenizer, text, document_rows=True).tolist() == [[eot, *ab]]
+        assert encode_prompt(tokenizer, "ab").tolist() == [ab]
     assert CharTokenizer("ab").eot is None
 
 

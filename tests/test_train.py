@@ -778,6 +778,16 @@ def test_evaluations_by_the_epoch(tell):
     assert [row["step"] for row in metrics("out/tell")] == ["0", "27", "40"]  # 1.5 * 180 / 10
 
 
+def test_a_prompt_begins_a_story_where_rows_are_stories(tell, run):
+    """As each row did in training: behind eot, which is not shown."""
+    tell("--max_iters=2", "--sample_interval=2", "--start=Once upon")
+    assert Path("out/tell/samples.txt").read_text().startswith("---- step 2 ----\nOnce upon")
+    written = run("sample.py", "--out_dir=out/tell", "--start=Once upon", "--max_new_tokens=3",
+                  "--explain=page.html").out
+    page = Path("page.html").read_text()
+    assert written.startswith("Once upon") and '"tokens": ["\\u003c|endoftext|>"' in page
+
+
 def test_story_rows_resume_as_they_would_have_gone_on(tell):
     tell("--max_iters=6", "--lr_decay_iters=6")
     whole = weights(run="out/tell")
