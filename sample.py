@@ -286,8 +286,7 @@ def statistics(texts, prompt, known):
         yield f"{len(set(pairs)) / len(pairs):.1%} of {len(pairs):,} pairs of words are distinct"
     if words and known():
         share = sum(word in known() for word in words) / len(words)
-        yield (f"{share:.1%} of {len(words):,} words stand in the training text, in its first 5 "
-               f"million tokens")
+        yield f"{share:.1%} of {len(words):,} words stand in the first 5M tokens of training"
     elif words:
         yield "the training text is not here, to look up words in"
 

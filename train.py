@@ -40,7 +40,7 @@ init_from = "scratch"        # or resume, gpt2 (-medium, -large, -xl), a folder,
 checkpoint = ""              # the file of a run to resume; empty: last.pt, to evaluate best.pt
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 eval_only = False            # evaluate every split, also by position in the context, and stop
-summary = False              # show each tensor, shape, FLOPs and memory, and stop
+summary = False              # show each tensor, each shape and the memory, and stop
 overwrite = False            # a new run may replace the one in out_dir
 # Length
 max_iters = 5000             # steps
@@ -658,8 +658,7 @@ def load_model(path, tokenizer, device, **changes):
 def training_state(saved, path, progress, checksums):
     """(progress, optimizers' states) of a checkpoint, if its settings and data are this run's."""
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
-        lacking = {"steps": 0, "best_train": math.nan, "best_accuracy": math.nan}  # in old runs
-        kept = lacking | saved["progress"]
+        kept = {"steps": 0, "best_train": math.nan, "best_accuracy": math.nan} | saved["progress"]
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
@@ -825,12 +824,11 @@ def plot_curves(run_dir, guesses):
     top.yaxis.label.set_color("k")
     top.legend()
     for axes, label, ratio in zip(maps, ("gradient norm", "update / weight"), (False, True)):
-        step, *names = norms[0].dtype.names
-        names = [name for name in names if name.startswith("update/") == ratio]
+        names = [name for name in norms[0].dtype.names[1:] if name.startswith("update/") == ratio]
         layers = [name.removeprefix("update/") for name in names]
         sizes = np.array([norms[0][name] for name in names])
         if ((sizes > 0) & np.isfinite(sizes)).any():  # an older table may lack them, and none move
-            heat = axes.pcolormesh(norms[0][step], layers, sizes, norm="log")
+            heat = axes.pcolormesh(norms[0]["step"], layers, sizes, norm="log")
             figure.colorbar(heat, ax=axes, label=f"{label} by layer", location="bottom")
     with atomic_write(run_dir / "loss.png") as file:
         figure.savefig(file, format="png")
@@ -961,24 +959,21 @@ def update_sizes(raw, before):
 
 def print_modules(raw, autocast, rows, device):
     """The table of --summary=True: each module once it has done its work, with the shape of what
-    it gives for a batch, and its tensors; then FLOPs and memory."""
-    total, names, seen = raw.num_params(), {}, set()
+    it gives for a batch, and its tensors; then memory."""
+    total, seen = raw.num_params(), set()
 
-    def show(module, _, output):
-        print(f"{names[module]:<32}{str(tuple(output.shape)):>20}")
-        for name, p in module.named_parameters(names[module], recurse=False):
+    def show(name, module, _, output):
+        print(f"{name:<32}{str(tuple(output.shape)):>20}")
+        for name, p in module.named_parameters(name, recurse=False):
             count = p.numel() * p.requires_grad * (p not in seen)  # 0: fixed, or tied to another
             seen.add(p)
             print(f"    {name:<28}{str(tuple(p.shape)):>20}{count:>14,}{count / total:>9.2%}")
 
     print(f"{'module, and its tensors':<32}{'shape':>20}{'parameters':>14}{'share':>9}")
     for name, module in raw.eval().named_modules():
-        names[module] = name
         if any(True for _ in module.parameters()):
-            module.register_forward_hook(show)
+            module.register_forward_hook(partial(show, name))
     autocast(raw.forward)(*read_rows(rows, row_spans(rows, 0, 0), device))[1].backward()
-    tokens = batch_size * gradient_accumulation_steps * block_size
-    print(f"{raw.flops_per_token() * tokens / 1e9:,.3g} GFLOPs for a step of {tokens:,} tokens")
     print(f"weights take {4e-6 * total:,.3g} MB, gradients as much, moments up to twice as much; "
           f"the peak with a batch, before moments, is {peak_memory(device) / 1e6:,.0f} MB")
 

@@ -158,7 +158,7 @@ def test_how_texts_ended_and_which_words_they_have():
     assert list(script.statistics(both, "", known)) == [
         "2 of 3 ended by themselves, after 16 tokens on average",
         "83.3% of 6 pairs of words are distinct",
-        "87.5% of 8 words stand in the training text, in its first 5 million tokens"]
+        "87.5% of 8 words stand in the first 5M tokens of training"]
     assert list(script.statistics(both[:1], "", known)) == ["it ended by itself"]
     assert list(script.statistics(both[2:], "", known)) == []
     assert list(script.statistics(both, "", set))[2].startswith("the training text is not here")
@@ -187,13 +187,13 @@ def test_a_word_that_stop_at_cuts_is_none(sample, monkeypatch):
     texts = written(ByteTokenizer(), "a long time, the", "a time, zhe", whole=False)
     assert list(script.statistics(texts, "", {"a"}.copy))[1:] == [
         "100.0% of 3 pairs of words are distinct",
-        "40.0% of 5 words stand in the training text, in its first 5 million tokens"]
+        "40.0% of 5 words stand in the first 5M tokens of training"]
 
 
 def test_several_samples_are_held_to_the_words_of_the_training_text(sample):
     result = sample("--num_samples=3", "--stop_at=zzz")
     assert "0 of 3 ended by themselves\n" in result.err
-    assert re.search(r"%.* of \d+ words stand in the training text", result.err)
+    assert re.search(r"%.* of \d+ words stand in the first 5M tokens", result.err)
     assert "words" not in sample().err and "ended" not in sample().err  # which has no eot
     Path("data").rename("elsewhere")
     assert "the training text is not here" in sample("--num_samples=3").err

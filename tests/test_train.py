@@ -349,8 +349,8 @@ def test_a_summary_shows_each_tensor_and_state_and_writes_nothing(train):
     states = dict(re.findall(r"^(\S+) +\((.+)\)$", result.out, re.MULTILINE))
     assert states["wte"] == states["h.1"] == states["h.0.attn"] == "4, 16, 16"
     assert states["h.0.mlp.c_fc"] == "4, 16, 64" and states["lm_head"] == f"4, 16, {vocab_size}"
-    flops = model.flops_per_token() * 4 * 16 / 1e9
-    assert f"{flops:.3g} GFLOPs for a step of 64 tokens" in result.out
+    assert f"{model.flops_per_token() / 1e6:,.1f} MFLOPs to train on a token" in result.out
+    assert f"weights take {4e-6 * model.num_params():.3g} MB" in result.out
 
 
 def test_a_summary_counts_a_tied_matrix_once_and_leaves_a_run_as_it_is(train):
