@@ -126,7 +126,7 @@ def test_exactly_k_are_kept_even_among_equals():
 
 def test_top_p_keeps_the_fewest_that_reach_it_and_min_p_a_share_of_the_largest():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    for top_p, expected in ((0.3, {0}), (0.41, {0, 1}), (0.69, {0, 1}), (0.75, {0, 1, 2})):
+    for top_p, expected in ((0.0, {0}), (0.3, {0}), (0.41, {0, 1}), (0.69, {0, 1}), (0.75, {0, 1, 2})):
         assert kept(filter_logits(logits, top_p=top_p)) == [expected]
     for min_p, expected in ((0.0, {0, 1, 2, 3}), (0.3, {0, 1, 2}), (0.6, {0, 1}), (0.9, {0})):
         assert kept(filter_logits(logits, min_p=min_p)) == [expected]

@@ -452,6 +452,19 @@ def test_an_evaluation_draws_the_curves(train):
     assert not Path("out/tiny/loss.png").exists()  # it was of the run that this one replaces
 
 
+def test_the_curves_fill_the_picture_and_what_lies_beyond_is_in_the_legend(train, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn, real = [], figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **options: (
+        drawn.append(self), real(self, *args, **options)))
+    train("--plot=True", "--learning_rate=0.02")
+    top = drawn[-1].axes[0]
+    val = [float(row["val"]) for row in metrics() if row["val"]][1:]
+    assert 0.9 * min(val) < top.get_ylim()[0] < min(val) < max(val) < top.get_ylim()[1]
+    names = " ".join(text.get_text() for text in top.get_legend().get_texts())
+    assert re.search(r"uniform: 3\.\d+ unigram: .* bigram: ", names)
+
+
 def test_an_evaluation_that_is_not_finite_is_a_sentence_not_a_picture(train, monkeypatch):
     pytest.importorskip("matplotlib")
     forward = GPT.forward
