@@ -214,8 +214,7 @@ def write(model, tokenizer, ids, read_token=None, words=set):
     return ids[0].tolist() + texts[0].ids
 
 def print_texts(new, texts, prompt):
-    """Prints texts from an iterator of (B, 1) ids: one alone as it comes, several once all have
-    ended."""
+    """Prints (B, 1) ids, one after another: one text as it comes, several once all have ended."""
     alone = len(texts) == 1
     print(prompt if alone else "", end="", flush=True)
     for ids in new:
@@ -273,7 +272,8 @@ def statistics(texts, prompt, known):
     of words are distinct and which share of the words is among those of known()."""
     lengths = [len(text.ids) for text in texts if text.end]
     if len(texts) == 1:
-        yield from ["it ended by itself"] * len(lengths)
+        if lengths:
+            yield "it ended by itself"
         return
     if stop_at or texts[0].tokenizer.eot is not None:
         yield (f"{len(lengths)} of {len(texts)} ended by themselves"

@@ -457,9 +457,9 @@ def read_rows(rows, spans, device):
     return [ids.to(device) for ids in pair]
 
 def baselines(train, val, vocab_size, size=2 ** 23):
-    """{name: mean nats per token of val, (N,) ids} of guesses that only count: all V tokens alike;
-    each by its share of train; by its share behind the token before it. Each count is one more,
-    so that none is 0. Of the first 100 million ids of train and 5 of val, size at a time."""
+    """{name: mean nats per token of val} of guesses by counts: all V tokens alike; each by its
+    share of train; by its share behind the token before it. A count is one more, so that none
+    is 0. (N,) ids each, the first 100 million of train and 5 of val, size at a time."""
     train, val = train[:100_000_000], val[:5_000_000]
     dtype = np.uint32 if vocab_size <= 2 ** 16 else np.uint64  # a pair (a, b) is a * V + b
     pairs, times = np.unique(val[:-1].astype(dtype) * vocab_size + val[1:], return_counts=True)
@@ -627,8 +627,8 @@ def evaluate(forward, rows, device="cpu", max_batches=0):
 
 @torch.compiler.set_stance("force_eager")  # else a graph is compiled for the other shapes
 def losses(raw, autocast, data, device):
-    """{"train", "val"} losses in nats per token, of eval_iters batches or of all of val, and for
-    val "ppl", its perplexity, and "accuracy"."""
+    """{"train", "val"} losses in nats per token, of eval_iters batches or of all of val, and
+    val's perplexity, "ppl", and "accuracy"."""
     forward = autocast(raw.eval().forward)
     most = {"train": eval_iters or math.ceil(data["val"].number / batch_size), "val": eval_iters}
     (train, _), (val, accuracy) = (evaluate(forward, data[split], device, number)
@@ -762,8 +762,8 @@ PEAKS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "A100": 312e12, "H100 PCIe":
          "H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12}
 
 def print_result(progress, rows, counts, guesses, run_dir, raw, device):
-    """The last lines of a run: its best loss beside those of counts and of the text itself, its
-    speed, its share of the GPU's peak (MFU)."""
+    """The last lines of a run: its best loss beside that of counts and the text's own entropy,
+    its speed, its share of the GPU's peak (MFU)."""
     done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
     speed = done * rows * block_size / max(seconds, 1e-9)  # tokens/s
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -815,8 +815,8 @@ def plot_curves(run_dir, guesses):
              label=f"best: {best['val']:.4f} at {best['step']:,.0f}")
     for (name, loss), style in zip(guesses.items(), ("-", "--", "-.", ":")):
         top.axhline(loss, color="k", linestyle=style, lw=0.6, label=f"{name}: {loss:.4f}")
-    low = np.nanmin([guesses.get("entropy of the text", math.nan),
-                     *(np.nanmin(rows[name]) for name in ("train", "val"))])
+    low = min(np.nanmin(rows["train"]), np.nanmin(rows["val"]),
+              guesses.get("entropy of the text", math.inf))
     top.set_ylim(0.95 * low, 1.1 * np.nanmax(rows["val"]))  # others may lie far from these
     right = top.secondary_yaxis("right", ylabel="perplexity")
     right.yaxis.set_major_formatter(lambda loss, _: f"{perplexity(loss):,.4g}")
@@ -942,8 +942,8 @@ def peak_memory(device):
 # ---- looking closer: gradient norms, loss by position, a profile ----
 
 def norms_by_layer(raw, tensors):
-    """{layer: norm} of tensors that belong to a model's parameters, such as gradients; None counts
-    as 0. The squares add up to that of all."""
+    """{layer: norm} of a tensor for each parameter, such as its gradient; None counts as 0. The
+    squares add up to that of all."""
     layers = {}
     for (name, _), tensor in zip(raw.named_parameters(), tensors):
         layers.setdefault(re.match(r"h\.\d+|\w+", name)[0], []).append(tensor)
@@ -964,10 +964,10 @@ def print_modules(raw, autocast, rows, device):
 
     def show(name, module, _, output):
         print(f"{name:<32}{str(tuple(output.shape)):>20}")
-        for name, p in module.named_parameters(name, recurse=False):
+        for tensor, p in module.named_parameters(name, recurse=False):
             count = p.numel() * p.requires_grad * (p not in seen)  # 0: fixed, or tied to another
             seen.add(p)
-            print(f"    {name:<28}{str(tuple(p.shape)):>20}{count:>14,}{count / total:>9.2%}")
+            print(f"    {tensor:<28}{str(tuple(p.shape)):>20}{count:>14,}{count / total:>9.2%}")
 
     print(f"{'module, and its tensors':<32}{'shape':>20}{'parameters':>14}{'share':>9}")
     for name, module in raw.eval().named_modules():
