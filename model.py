@@ -1008,9 +1008,14 @@ class CudaGraph:
                 for _ in range(3):
                     function(*self.inputs)
             torch.cuda.synchronize()
-            # thread_local: other threads, like NCCL's, may go on.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.output = function(*self.inputs)
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            before = generator.clone_state()
+            try:  # thread_local: other threads, like NCCL's, may go on
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.output = function(*self.inputs)
+            except Exception:  # which leaves the generator as if still recorded
+                generator.graphsafe_set_state(before)
+                raise
 
     def __call__(self, *inputs):
         for mine, new in zip(self.inputs, inputs):
