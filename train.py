@@ -700,6 +700,8 @@ def open_run(run_dir, step):
             path.unlink()
         elif path.suffix == ".csv" and path.stat().st_size:
             head, *lines = path.read_text(errors="replace").splitlines(keepends=True)
+            require(head.startswith("step,"), f"{path} does not begin with the names of its "
+                    f"columns, move it away to go on without its rows", 1)
             lines = [line for line in lines  # a kill may have cut one
                      if re.match(r"\d+,[^\ufffd]*\n$", line) and int(line.split(",")[0]) <= step]
             with atomic_write(path) as file:

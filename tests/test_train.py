@@ -280,6 +280,15 @@ def test_a_run_goes_on_with_the_columns_of_a_table_that_has_fewer(train):
     assert float(metrics()[6]["val"]) > 0 and Path("out/tiny/loss.png").exists()
 
 
+def test_a_table_without_its_head_is_told(train):
+    train("--max_iters=3", "--lr_decay_iters=6")
+    path = Path("out/tiny/metrics.csv")
+    rows = path.read_text().splitlines(keepends=True)[1:]
+    path.write_text("".join(rows))
+    one_sentence(train("--init_from=resume", "--lr_decay_iters=6"), 1, "out/tiny/metrics.csv")
+    assert path.read_text() == "".join(rows)
+
+
 # ---- what counts alone can do ----
 
 def counted_by_hand(train, val, V):
