@@ -48,6 +48,7 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 0               # width of the MLP; 0: 4 * n_embd
     dropout: float = 0.0
+    attn_dropout: bool = True      # of the attention weights, too
     bias: bool = True              # in Linear and LayerNorm; False is a little faster
     qkv_bias: bool = True          # in the query, key and value projection; needs bias
     positions: str = "learned"     # or sinusoidal
@@ -126,7 +127,7 @@ class CausalSelfAttention(nn.Module):
         C = config.n_embd
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.attn_dropout = Dropout(config.dropout)          # of the weights (T, S)
+        self.attn_dropout = Dropout(config.dropout * config.attn_dropout)  # of weights (T, S)
         self.resid_dropout = Dropout(config.dropout)         # of what the residual stream gets
         self.n_head, self.layer = config.n_head, layer
         self.attention = fused_attention if config.fused else attention

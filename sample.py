@@ -387,7 +387,7 @@ def write_pretrained(model, tokenizer, folder):
         "architectures": ["GPT2LMHeadModel"], "activation_function": activation,
         "n_positions": c.block_size, "vocab_size": len(head), "n_layer": c.n_layer,
         "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner or None,
-        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout * c.attn_dropout,
         "tie_word_embeddings": c.tied, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
         "n_ctx": c.block_size},  # of converters to other programs
         "generation_config.json": {"max_length": c.block_size, "bos_token_id": tokenizer.eot,

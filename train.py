@@ -70,6 +70,7 @@ vocab_multiple = 1           # pads the vocabulary to a multiple of it: 64 makes
 fused = True                 # fused kernels; False: the formulas of attention, LayerNorm, GELU
 # Regularization
 dropout = 0.2
+attn_dropout = True          # of the attention weights, too; False is faster on a CPU
 label_smoothing = 0.0        # in the training loss, never in evaluation
 layerdrop = 0.0              # chance to skip a block in training
 # Optimizer
@@ -166,8 +167,9 @@ def main(cleanup):
         raw = GPT(config).to(device)
     else:  # in its own sizes, with this run's dropout and the like
         changes = {name: settings[name] for name in (
-            "block_size", "dropout", "label_smoothing", "layerdrop", "fused")}
+            "block_size", "dropout", "attn_dropout", "label_smoothing", "layerdrop", "fused")}
         raw = load_model(source, tokenizer, device, **changes)["model"]
+        require_memory(raw.config, device)
     print(f"model: {raw.num_params():,} parameters, vocabulary of {raw.config.vocab_size:,}, "
           f"{raw.flops_per_token() / 1e6:,.1f} MFLOPs to train on a token")
     # Mixed precision: products in amp, weights in float32.

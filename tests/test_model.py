@@ -257,6 +257,16 @@ def test_layerdrop_skips_its_share_of_the_blocks():
     assert len(calls) / 1200 == pytest.approx(0.75, abs=0.04)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_attn_dropout_is_that_of_the_attention_weights(wanted):
+    model, x = small(dropout=0.5, attn_dropout=wanted), ids()
+    for module in [model.drop, *(part for block in model.h
+                                 for part in (block.attn.resid_dropout, block.mlp.dropout))]:
+        module.eval()
+    in_training = model(x)[0]
+    assert torch.equal(in_training, model.eval()(x)[0]) != wanted
+
+
 def test_dropout_zeroes_in_training_only():
     model, x = small(dropout=0.5), ids()
     torch.testing.assert_close(model.eval()(x)[0], small()(x)[0])
