@@ -67,13 +67,13 @@ class GPTConfig:
 
 def layer_norm(x, shape, weight, bias=None, eps=1e-5):
     """Gives each token's channels mean 0 and variance 1, then scales and shifts them (Ba et
-    al. 2016). shape is for F.layer_norm alone, for which this stands in."""
+    al. 2016). shape goes unused: the arguments are those of F.layer_norm."""
     x = x - x.mean(dim=-1, keepdim=True)
     x = x / (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
     return x if bias is None else x + bias
 
 def gelu(x):
-    """GPT-2's form of x Phi(x), Phi the normal distribution's (Hendrycks & Gimpel 2016)."""
+    """GPT-2's form of x Phi(x), Phi(x) = P(N(0, 1) <= x) (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 def causal_mask(q, k):
@@ -224,7 +224,7 @@ class GPT(nn.Module):
                              f"{self.config.block_size}, crop them to the last block_size")
 
         x = self.wte(ids)                                    # (B, T, C): what each token is
-        if self.config.scale_embedding:                      # else wpe would drown it
+        if self.config.scale_embedding:                      # or sinusoids would drown it
             x = x * math.sqrt(self.config.n_embd)
         places = torch.arange(T, device=ids.device) if cache is None else cache.places(T)
         x = x + self.wpe(places)                             # and where it stands
@@ -252,7 +252,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        small = 0.02 / math.sqrt(2 * self.config.n_layer)    # together they add std 0.02
+        small = 0.02 / math.sqrt(2 * self.config.n_layer)    # summed, they vary as one of 0.02
         for block in self.h:
             nn.init.normal_(block.attn.c_proj.weight, std=small)
             nn.init.normal_(block.mlp.c_proj.weight, std=small)
@@ -280,7 +280,7 @@ class GPT(nn.Module):
 class KVCache:
     """The keys and values of the tokens a model has read, so that it reads each new one alone:
     (2, B, H, block_size, D) for each layer, of the type and on the device of like."""
-    mask = None    # stands in for the causal one
+    mask = None    # where it is not, it replaces the causal one
     graphs = True  # may be recorded, on a GPU
     def __init__(self, config, rows, like):
         shape = 2, rows, config.n_head, config.block_size, config.n_embd // config.n_head
@@ -315,7 +315,7 @@ def next_logits(model, ids, cache, read_token=None):
     read = model.hidden
     if new.shape[1] == 1:
         read = token_reader(read_token or read, new, cache)
-    states = read(new, cache)                                # (B, T, C)
+    states = read(new, cache)                                # (B, new tokens, C)
     return model.lm_head(states[:, -1]).float()
 
 def check_finite(logits):
@@ -724,9 +724,9 @@ LETTERS = "".join(chr(b if b in SEEN else 256 + sum(i not in SEEN for i in range
                   for b in range(256))
 
 class BPETokenizer:
-    """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken: GPT-2's 50,257; our own, 256
-    bytes, spec["tokens"], in Latin-1, as learned, and EOT; or those of others, which have ids
-    of their own, in that order, "special" texts {text: id}, and "pieces"."""
+    """Byte-pair tokens (Sennrich et al. 2016), run by tiktoken. Of kind gpt2: its 50,257. Of kind
+    bpe: the 256 bytes, spec["tokens"] (Latin-1, as learned), then EOT; or, where others learned
+    them, with their "ids", "special" {text: id}, "eot" and the regex "pieces"."""
     def __init__(self, spec):
         if spec["kind"] == "gpt2":
             try:
@@ -1044,8 +1044,8 @@ class TokenGraph:
         return states
 
 class FixedCache(KVCache):
-    """The same memory as a KVCache's, in shapes that never change: a tensor says where the next
-    token goes, and what lies behind it is masked."""
+    """Lends a KVCache's memory to a graph, in shapes that never change: a tensor says where the
+    next token goes; what lies after it, not yet written, is masked."""
     def __init__(self, cache):
         self.layers = cache.layers
         for kv in self.layers:
@@ -1054,9 +1054,9 @@ class FixedCache(KVCache):
     def at(self, place):
         """This cache, whose next token goes to place (1,)."""
         kv = self.layers[0]
-        behind = torch.arange(kv.shape[3], device=kv.device) > place
-        self.mask = kv.new_zeros(1, kv.shape[3]).masked_fill(behind, -math.inf)
-        self.place, self.length = place, 0
+        after = torch.arange(kv.shape[3], device=kv.device) > place
+        self.mask = kv.new_zeros(1, kv.shape[3]).masked_fill(after, -math.inf)
+        self.place, self.length = place, 0  # hidden() adds to it, TokenGraph keeps the count
         return self
 
     def places(self, T):
@@ -1113,12 +1113,9 @@ def int8_rows(w):
     scales = w.abs().amax(dim=1).clamp(min=1e-9) / 127
     return torch.quantize_per_channel(w, scales, torch.zeros(len(w)).long(), 0, torch.qint8)
 
-def same(module):
-    return module
-
 PRODUCTS = {  # dtype: (type of what else there is, what takes the place of nn.Linear, of wte)
-    "float32": (torch.float32, same, same),
+    "float32": (torch.float32, nn.Module.float, nn.Module.float),
     "float16": (torch.float32, Float16Linear, nn.Module.half),
-    "bfloat16": (torch.bfloat16, same, same),
+    "bfloat16": (torch.bfloat16, nn.Module.bfloat16, nn.Module.bfloat16),
     "int8": (torch.float32, Int8Linear, Int8Embedding),
 }

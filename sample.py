@@ -46,7 +46,7 @@ interactive = False      # read prompt after prompt from the terminal
 num_samples = 1          # written side by side, as one batch; one alone is printed as it comes
 max_new_tokens = 500     # at most: the end of a text ends a sample, too
 stop_at = ""             # a string that ends a sample, and is left out; \n is a line end
-seed = 1337              # the same seed and settings, the same text; sample n has seed + n
+seed = 1337              # the same seed, settings and type, the same text; sample n: seed + n
 # How the next token is sampled, in this order
 repetition_penalty = 1.0  # above 1 makes tokens that stand in the text already less likely
 no_repeat_ngram = 0      # as many tokens never come twice in the same order; 0: they may
@@ -90,13 +90,13 @@ def main():
     encode = partial(encode_prompt, tokenizer, document_rows=run.get("document_rows", False))
     if interactive:
         print(f"{source}, an empty line or Ctrl-D ends", file=sys.stderr)
-        for line in prompts():
-            try:
-                ids = encode(line).to(device)
-            except (ValueError, OSError) as error:  # of this prompt alone
-                print(error, file=sys.stderr)
-                continue
-            with stop_on_error():
+        with stop_on_error():
+            for line in prompts():
+                try:
+                    ids = encode(unescape(line)).to(device)
+                except (ValueError, OSError) as error:  # of this prompt alone
+                    print(error, file=sys.stderr)
+                    continue
                 write(model, tokenizer, ids, read_token, words)
         return
     with stop_on_error(2):
@@ -113,15 +113,16 @@ def main():
         if explain:
             write_page(explain, model, tokenizer, ids, first, source)
     if attention:
-        plot_attention(model, tokenizer, ids, f"{source}: attention of each token (down) to "
-                                              f"those up to it (across)")
+        plot_attention(model, tokenizer, ids, f"{source}: who (down) attends to whom (across)")
 
 def check_settings():
     at_least(0, settings, "temperature", "top_k", "no_repeat_ngram", "max_new_tokens", "seed")
     at_least(1, settings, "num_samples", "num_beams")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16", "int8")
     if not (init_from and Path(init_from).exists()):
-        one_of(settings, "init_from", "resume", *PRETRAINED, "a folder or a .pt file")
+        one_of(settings, "init_from", "resume", *PRETRAINED, "an existing .pt or folder")
+    require(init_from == "resume" or not out_dir, f"--init_from={init_from} and --out_dir={out_dir}"
+            f" are two models: give --init_from=resume, or --out_dir= without a value")
     one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
     for name in ("top_p", "typical_p"):
         require(0 < settings[name] <= 1, f"--{name} must be above 0 and at most 1, which keeps all")
@@ -231,7 +232,7 @@ class Text:
     """A text that comes token by token, each decoded once, up to its end or to stop_at."""
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], ""
-        self.ended, self.end = False, ""  # of what ended by itself also its end
+        self.ended, self.end = False, ""  # end: what ended it, if it ended by itself
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.rest = ""  # what may become stop_at
 
@@ -253,7 +254,7 @@ class Text:
         self.shown += text
         return text
 
-# All of a word, with what follows an apostrophe: no part of one is.
+# A whole word, its apostrophes, too; but not the last of a text, which may be cut.
 WORD = re.compile(r"(?<![^\W_])(?<![^\W_]['’])[^\W_]+(?:['’][^\W_]+)*(?=[^\w'’]|['’]\W)")
 
 def training_words(saved):
@@ -340,13 +341,13 @@ def plot_attention(model, tokenizer, ids, title):
     figure = Figure(figsize=(8, 1.8 + side * layers), dpi=100, layout="compressed")
     grid = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
     for layer, row in enumerate(grid):
-        row[0].set_ylabel(f"layer {layer}", fontsize=8)
+        row[0].set_ylabel(f"layer {layer + 1}", fontsize=8)
         for head, axes in enumerate(row):
             image = axes.imshow(maps[layer][0, head].numpy(force=True), cmap="Blues",
                                 norm=PowerNorm(0.5, 0, 1))  # the root, which shows small ones
             axes.tick_params(labelsize=7)
     for head, axes in enumerate(grid[0]):
-        axes.set_title(f"head {head}", fontsize=8)
+        axes.set_title(f"head {head + 1}", fontsize=8)
     if T <= 10 * side:  # the smallest letters that can be read are a tenth of an inch high
         labels = [tokenizer.decode([i])[:12].replace("\n", "\\n").replace(" ", "·")
                   .replace("$", "\\$") for i in ids]
@@ -373,7 +374,7 @@ def write_pretrained(model, tokenizer, folder):
         expected = GPT(replace(c, bias=True, qkv_bias=True)).state_dict()
     activation = next(name for name, ours in ACTIVATION_NAMES.items() if ours == c.activation)
     ours, weights = model.state_dict(), {}
-    for name, empty in expected.items():  # biases that the model lacks are 0
+    for name, empty in expected.items():
         w = ours[name].float().cpu() if name in ours else torch.zeros(empty.shape)
         weights[f"transformer.{name}"] = w.T if name.endswith(TRANSPOSED) else w
     for name in ("transformer.wte.weight", "transformer.lm_head.weight"):
@@ -460,7 +461,7 @@ def write_page(path, model, tokenizer, ids, first, source):
     with suppress(OSError, ValueError, LookupError), warnings.catch_warnings(action="ignore"):
         log = Path(source).with_name("metrics.csv")
         rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1, invalid_raise=False)
-        curve = {name: significant(rows[name][1:]) for name in ("step", "loss", "val")}
+        curve = {name: significant(rows[name][1:]) for name in ("step", "loss", "val")}  # from 1
         if Path(source).suffix == ".pt" and any(curve["loss"]):  # a run's, and not a stranger's
             numbers["curve"] = curve
     text = json.dumps(numbers).replace("<", "\\u003c")  # in a script no text may end it

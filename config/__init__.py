@@ -120,6 +120,8 @@ def stop_on_error(status=1):
     """A ValueError or OSError raised inside ends the program with its own sentence."""
     try:
         yield
+    except BrokenPipeError:  # as by head: _report() says nothing
+        raise
     except (ValueError, OSError) as error:
         stop(str(error) + _remedy(error), status)
 

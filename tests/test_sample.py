@@ -3,12 +3,14 @@
 import io
 import os
 import re
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_sentence
+from conftest import REPO, one_sentence
 
 import model
 from model import GPT, ByteTokenizer, CharTokenizer, GPTConfig
@@ -96,7 +98,7 @@ def test_attention_is_drawn_and_the_text_stays_the_same(sample, monkeypatch, opt
     picture = Path("x.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(picture[16:20]) == 800
     *maps, _ = drawn[0].axes  # the last one is the scale
-    assert [axes.get_title() for axes in maps] == ["head 0", "head 1", "", ""]
+    assert [axes.get_title() for axes in maps] == ["head 1", "head 2", "", ""]
     labels = [label.get_text() for label in maps[2].get_xticklabels()]
     assert labels[:9] == [*"From·the", "\\n"] and len(labels) == 14
     for axes in maps:
@@ -214,11 +216,32 @@ def test_what_is_shown_of_a_growing_text_is_never_taken_back(run, monkeypatch):
 
 
 def test_prompt_after_prompt(sample, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("From\nThat é\nThat\n\nnever read\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("From\nThat é\nThat\\n\n\nnever read\n"))
     result = sample("--interactive=True", "--temperature=0")
     assert result.status == 0 and "'é'" in result.err
-    alone = [sample(f"--start={start}", "--temperature=0").out for start in ("From", "That")]
+    alone = [sample(f"--start={start}", "--temperature=0").out for start in ("From", "That\\n")]
     assert result.out == "".join(alone)
+
+
+def test_prompts_in_another_encoding_are_told(sample, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    result = sample("--interactive=True")
+    assert result.status == 1 and "Traceback" not in result.err and "utf-8" in result.err
+
+
+def test_a_config_that_begins_with_other_weights_is_not_taken_for_its_run(sample):
+    one_sentence(sample("--init_from=gpt2", "--out_dir=out/tiny"), 2,
+                 "--init_from=gpt2 and --out_dir=out/tiny", "--init_from=resume")
+
+
+def test_a_closed_pipe_is_no_error(sample):
+    """As by head: the reader has gone before the text comes."""
+    read, written = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, REPO / "sample.py", "--device=cpu"], stdout=written,
+                            stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert result.returncode and result.stderr.strip() == "out/tiny/best.pt:"
 
 
 def test_beams_write_one_text_without_draws(sample):
