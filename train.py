@@ -37,7 +37,7 @@ from model import (EOT, GPT, PRETRAINED, CudaGraph, GPTConfig, KVCache, atomic_w
 # Run
 out_dir = ""                 # where the run is kept; empty: out/<dataset>
 init_from = "scratch"        # or resume, gpt2 (-medium, -large, -xl), a folder, a .pt file
-checkpoint = ""              # the file of a run to resume; empty: last.pt, to evaluate best.pt
+checkpoint = ""              # of a run to resume; empty: last.pt, with eval_only best.pt
 cache_dir = "data/pretrained"  # where gpt2... are kept, once downloaded
 eval_only = False            # evaluate every split, also by position in the context, and stop
 summary = False              # show each tensor, each shape and the memory, and stop
@@ -90,7 +90,7 @@ min_lr = 1e-4
 # Evaluation and log
 eval_interval = 250          # steps; 0: only at the end
 eval_epochs = 0.0            # passes over the training tokens; > 0 replaces eval_interval
-eval_iters = 0               # batches per split; 0: all of val and as many windows of train
+eval_iters = 0               # batches per split; 0: all of val and as many rows of train
 log_interval = 10            # steps; 0: only with an evaluation
 sample_interval = 0          # steps between samples of the model's text; 0: none
 start = ""                   # what those samples continue; FILE:prompt.txt reads a file
@@ -152,10 +152,9 @@ def main(cleanup):
                   if sample_interval else None)
 
     # ---- the model: of a run, new, or with the weights of others ----
-    # A resumed run is the same run by these alone: batches and random numbers follow from step.
+    # With weights and moments, all that a resumed run needs: batches and dropout follow from step.
     progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, best_train=math.nan,
-                    best_accuracy=math.nan, stale=0, skipped=0,
-                    steps=0)  # that max_minutes allows, once some have been timed
+                    best_accuracy=math.nan, stale=0, skipped=0, steps=0)  # steps of max_minutes
     source, states, saved = init_from, [], {}
     if init_from == "resume":
         source = run_file(run_dir, checkpoint or ("best.pt" if eval_only else "last.pt"))
@@ -195,12 +194,12 @@ def main(cleanup):
     forward = autocast(model.forward)
 
     def add_gradients(x, y, parts):
-        """Computes the gradients of loss / parts, parts being the step's targets over the
-        batch's, and adds them to those of its other batches. Returns loss / parts."""
+        """Adds the gradients of share = loss / parts; parts: the step's targets / this batch's.
+        The shares of a step's batches add up to its mean loss. Returns share."""
         if gradient_accumulation_steps == 1:
             raw.zero_grad()  # none to add to: a graph that only writes is faster
         share = forward(x, y)[1] / parts
-        scaler.scale(share * world_size).backward()
+        scaler.scale(share * world_size).backward()  # DDP divides by world_size
         return share.detach()
 
     graphed = device.type == "cuda" and cuda_graph and world_size == 1 and not layerdrop
@@ -211,8 +210,8 @@ def main(cleanup):
             add_gradients = CudaGraph(add_gradients, *batch, torch.ones((), device=device))
 
     # ---- the run ----
-    rows = batch_size * gradient_accumulation_steps
-    steps_per_epoch = data["train"].per_epoch / rows
+    step_rows = batch_size * gradient_accumulation_steps
+    steps_per_epoch = data["train"].per_epoch / step_rows
     first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
     require(not 0 < patience <= progress["stale"], f"{source} stopped early, raise --patience")
@@ -222,16 +221,16 @@ def main(cleanup):
         left = 60 * max_minutes - progress["seconds"] - each_evaluation
         fit, = summed(device, first + steps_in(left, each_step, each_evaluation, evaluate_every))
         steps = progress["steps"] or round(fit / world_size)  # the same in all processes
-    require(first < steps or not first, f"{source} has {first} steps, raise --max_iters or "
-            f"--max_epochs" + ", leave --max_minutes out" * (max_minutes > 0))
+    require(first < steps or not first, f"{source} has {first} steps, raise --max_iters, "
+            "--max_epochs or --max_minutes")
     require(not profile or steps - first >= 3 + profile,
             f"--profile={profile} needs {3 + profile} steps, raise --max_iters or --max_epochs")
     print(f"{optimizer} on {device} in {str(amp)[6:]}: {steps:,} steps of "
-          f"{rows * block_size:,} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
+          f"{step_rows * block_size:,} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
           + f", {world_size} processes" * (world_size > 1))
     evaluations = (steps - first) / (evaluate_every or max(1, steps)) + (first == 0)
     minutes = ((steps - first) * each_step + evaluations * each_evaluation) / 60
-    moments = 8 * raw.num_params()  # AdamW's, not there yet
+    moments = 8 * raw.num_params() * (first == 0)  # AdamW's, not there yet in a new run
     print(f"about {minutes:,.1f} min and {(peak_memory(device) + moments) / 1e9:.1f} GB here")
     profiler = start_profiler(run_dir, device)
     if rank == 0:
@@ -255,7 +254,7 @@ def main(cleanup):
                 or world_size == 1 and signals)
         loss = torch.zeros((), device=device)
         spans = [row_spans(data["train"], step, i) for i in range(gradient_accumulation_steps)]
-        targets = [sum(last - first for first, last in part) for part in spans]
+        counts = [sum(end - begin for begin, end in part) for part in spans]  # of targets
         for micro in range(rank, gradient_accumulation_steps, world_size):
             x, y = read_rows(data["train"], spans[micro], device)
             if dropout or layerdrop:  # else nothing is random, and seeding costs time
@@ -264,7 +263,7 @@ def main(cleanup):
             # backward() adds up micro-steps, DDP averages processes (at the last; with layerdrop
             # at each, as the last may skip a block). We want the mean over the step's targets.
             model.require_backward_grad_sync = last or layerdrop > 0
-            loss += add_gradients(x, y, sum(targets) / targets[micro])
+            loss += add_gradients(x, y, sum(counts) / counts[micro])
 
         # Undo float16's scale, then clip: scale the gradients down to a norm of grad_clip.
         for opt in optimizers:
@@ -273,7 +272,7 @@ def main(cleanup):
         by_layer = norms_by_layer(raw, [p.grad for p in parameters]) if watched else {}
         before = [p.detach().clone() for p in parameters] if watched else []
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        grad_norm = total.item() if sync else math.inf  # unknown: clips, by 1 where it is small
+        grad_norm = total.item() if sync else math.inf  # unread: clips by min(1, grad_clip / total)
         if 0 < grad_clip < grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, total)
         overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
@@ -300,7 +299,7 @@ def main(cleanup):
         loss, *stops = summed(device, loss.item(), *(number in signals for number in SIGNALS))
         require_finite(done, loss=loss, gradient=0.0 if overflow else grad_norm)
         now = time.time()
-        each = (now - clock) / (done - last_sync)  # seconds
+        step_time = (now - clock) / (done - last_sync)  # seconds
         stepping += now - clock
         if max_minutes and not progress["steps"]:
             late, fit = summed(device, now - began > 6 * max_minutes, done + steps_in(
@@ -309,7 +308,7 @@ def main(cleanup):
             if late:  # a tenth of the time has gone: what fits into the rest decides the schedule
                 steps = progress["steps"] = round(fit / world_size)
         row = {"step": done, "loss": loss, "lr": lr, "norm": grad_norm,
-               "ms": 1000 * each, "tok/s": rows * block_size / each,
+               "ms": 1000 * step_time, "tok/s": step_rows * block_size / step_time,
                "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints that are due
         if every(evaluate_every, done) or done >= steps:
@@ -343,7 +342,7 @@ def main(cleanup):
     if profiler:
         profiler.stop()
 
-    print_result(progress, rows, meta["splits"]["val"], guesses, run_dir, raw, device)
+    print_result(progress, step_rows, meta["splits"]["val"], guesses, run_dir, raw, device)
     if stopped_by:
         print("to go on, give the same command with --init_from=resume")
         return 128 + stopped_by
@@ -353,7 +352,7 @@ def check_settings(run_dir):
     one_of(settings, "optimizer", *OPTIMIZERS)
     one_of(settings, "lr_schedule", *SCHEDULES)
     if not os.path.exists(init_from):
-        one_of(settings, "init_from", "scratch", "resume", *PRETRAINED, "a folder or a .pt file")
+        one_of(settings, "init_from", "scratch", "resume", *PRETRAINED, "an existing .pt or folder")
     one_of(settings, "dtype", "auto", "float32", "bfloat16", "float16", "int8")
     require(dtype != "int8" or eval_only, "--dtype=int8 cannot train, give --eval_only=True, too")
     one_of(settings | {"compile": compile.lower()}, "compile", "auto", "true", "false")
@@ -365,6 +364,9 @@ def check_settings(run_dir):
             f"--gradient_accumulation_steps must be a multiple of the {world_size} processes")
     require(not wandb_log or find_spec("wandb"), "--wandb_log=True needs pip install wandb")
     new = init_from != "resume" and not eval_only and not summary
+    require(not eval_only or init_from != "scratch", "--eval_only=True needs --init_from=resume, "
+            "or another trained model")
+    require(not decay_lr or min_lr <= learning_rate, "--min_lr must not be above --learning_rate")
     require(overwrite or not new or not any(run_dir.glob("*.pt")), f"{run_dir} holds a run: give "
             f"--init_from=resume, --overwrite=True or another --out_dir")
     if rank == 0 and plot and not find_spec("matplotlib"):
@@ -461,13 +463,13 @@ def read_rows(rows, spans, device):
 def baselines(train, val, vocab_size, size=2 ** 23):
     """{name: mean nats per token of val} of guesses by counts: all V tokens alike; each by its
     share of train; by its share behind the token before it. A count is one more, so that none
-    is 0. (N,) ids each, the first 100 million of train and 5 of val, size at a time."""
+    is 0. (N,) ids, at most 100 million of train and 5 million of val, size at a time."""
     train, val = train[:100_000_000], val[:5_000_000]
     dtype = np.uint32 if vocab_size <= 2 ** 16 else np.uint64  # a pair (a, b) is a * V + b
     pairs, times = np.unique(val[:-1].astype(dtype) * vocab_size + val[1:], return_counts=True)
     n_a, n_ab = np.zeros(vocab_size, int), np.zeros(len(pairs), int)
-    for start in range(0, len(train) - 1, size):
-        ids = train[start:start + size + 1]
+    for i in range(0, len(train) - 1, size):
+        ids = train[i:i + size + 1]
         n_a += np.bincount(ids[:-1], minlength=vocab_size)
         found = ids[:-1].astype(dtype) * vocab_size
         found += ids[1:]
@@ -489,9 +491,7 @@ def epoch_order(rows, epoch):
     """Phase and random order of an epoch's rows: each token a target once, but at the ends."""
     generator = np.random.default_rng(random_seed("epoch", epoch))
     phase = int(generator.integers(rows.phases))
-    order = np.arange(rows.per_epoch, dtype=np.uint32)
-    generator.shuffle(order)
-    return phase, order
+    return phase, generator.permutation(np.arange(rows.per_epoch, dtype=np.uint32))
 
 def row_spans(rows, step, micro):
     """The places of a batch's rows in endless epochs, which follow from (seed, step, micro)."""
@@ -505,8 +505,8 @@ def row_spans(rows, step, micro):
 # ---- optimizers and schedule ----
 
 def make_optimizers(model):
-    """The first of a pair in OPTIMIZERS for all parameters, or both, the second for matrices
-    of blocks. Weight decay is for matrices (embeddings too), not for biases and gains."""
+    """One optimizer for all parameters or, where OPTIMIZERS names a pair, its second for the
+    matrices of blocks. Weight decay is for matrices (embeddings too), not for biases and gains."""
     first, second = OPTIMIZERS[optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = dict.fromkeys(p for p in model.h.parameters() if p.dim() == 2 and second)
@@ -514,8 +514,9 @@ def make_optimizers(model):
                "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     optimizers = [first(groups, lr=learning_rate, betas=(beta1, beta2))]
-    more = [second(hidden, learning_rate, momentum, weight_decay)] if second else []
-    return optimizers + more
+    if second:
+        optimizers.append(second(hidden, learning_rate, momentum, weight_decay))
+    return optimizers
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), written out.
@@ -588,8 +589,8 @@ OPTIMIZERS = {  # name: (for all parameters, None), or (for most, for matrices o
     "adamw_scratch": (AdamW, None),
     "muon": (partial(torch.optim.AdamW, fused=True), Muon),
 }
-SCHEDULES = {"cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-             "linear": lambda progress: 1 - progress}  # from 1 to 0
+SCHEDULES = {"cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part)),
+             "linear": lambda part: 1 - part}  # from 1 to 0
 
 def learning_rate_at(step, steps):
     """Linear warm-up to learning_rate, then lr_schedule's way down to min_lr."""
@@ -597,14 +598,14 @@ def learning_rate_at(step, steps):
         return learning_rate * (step + 1) / (warmup_iters + 1)
     if not decay_lr:
         return learning_rate
-    progress = (step - warmup_iters) / max(1, (lr_decay_iters or steps) - warmup_iters)
-    return min_lr + SCHEDULES[lr_schedule](min(1.0, progress)) * (learning_rate - min_lr)
+    part = (step - warmup_iters) / max(1, (lr_decay_iters or steps) - warmup_iters)
+    return min_lr + SCHEDULES[lr_schedule](min(1.0, part)) * (learning_rate - min_lr)
 
 # ---- evaluation ----
 
 def eval_batches(rows, device, max_batches):
     """Yields this process's share of a split's batches, in which each token is predicted once;
-    max_batches > 0 takes as many batches of rows, evenly spread."""
+    max_batches > 0: of max_batches * batch_size rows alone, evenly spread."""
     count = min(rows.number, max_batches * batch_size or rows.number)
     numbers = np.linspace(0, rows.number - 1, count).round().astype(int)
     size = max(batch_size, 2048 // block_size)  # fewer tokens at a time take longer
@@ -662,6 +663,7 @@ def training_state(saved, path, progress, checksums):
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
         kept = {"steps": 0, "best_train": math.nan, "best_accuracy": math.nan} | saved["progress"]
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
+        progress["steps"] *= saved["settings"].get("max_minutes") == max_minutes  # else fixed anew
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
         anew = f"or begin with its weights: --init_from={path} and another --out_dir"
@@ -687,8 +689,7 @@ def restore(stateful, states, path):
 COLUMNS = {  # name: (width, format)
     "step": (8, ",d"), "loss": (9, ".4f"), "train": (9, ".4f"), "val": (9, ".4f"),
     "ppl": (10, ",.5g"), "lr": (10, ".2e"), "norm": (8, ".3f"), "ms": (9, ".1f"),
-    "tok/s": (10, ",.0f"),
-    "elapsed": (9, ",.0f"), "eta": (9, ",.0f")}  # the last two in seconds
+    "tok/s": (10, ",.0f"), "elapsed": (9, ",.0f"), "eta": (9, ",.0f")}  # the last two in seconds
 FILES = ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "grad_norms.csv", "loss.png",
          "loss_by_position.png", "trace.json.gz", "samples.txt", "wandb.txt")
 
@@ -765,11 +766,11 @@ def write_sample(raw, tokenizer, ids, step, path):
 PEAKS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "A100": 312e12, "H100 PCIe": 756e12,
          "H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12}
 
-def print_result(progress, rows, counts, guesses, run_dir, raw, device):
+def print_result(progress, step_rows, counts, guesses, run_dir, raw, device):
     """The last lines of a run: its best loss beside that of counts and the text's own entropy,
     its speed, its share of the GPU's peak (MFU)."""
     done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
-    speed = done * rows * block_size / max(seconds, 1e-9)  # tokens/s
+    speed = done * step_rows * block_size / max(seconds, 1e-9)  # tokens/s
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     flops = raw.flops_per_token() * speed / world_size
     mfu = next((f"{flops / peak:.1%}" for name, peak in PEAKS.items()
@@ -904,8 +905,8 @@ def steps_in(seconds, each_step, each_evaluation, evaluate_every):
     return max(1, int((seconds - each_evaluation) / each))
 
 def choose_dtype(raw, saved, device):
-    """The torch.dtype of products: of the setting; auto is a resumed run's own, or what does a
-    block, forward and backward, the fastest."""
+    """The torch.dtype of products. auto is a resumed run's own; else on a GPU bfloat16 or float16,
+    on a CPU the fastest for a block, forward and backward, or with eval_only float32."""
     if dtype == "int8":
         with stop_on_error(2), torch.no_grad():
             use_product(raw, dtype)
@@ -974,7 +975,8 @@ def print_modules(raw, autocast, rows, device):
             print(f"    {tensor:<28}{str(tuple(p.shape)):>20}{count:>14,}{count / total:>9.2%}")
 
     print(f"{'module, and its tensors':<32}{'shape':>20}{'parameters':>14}{'share':>9}")
-    for name, module in raw.eval().named_modules():
+    raw.train().config.layerdrop = 0.0  # each block, and what dropout keeps
+    for name, module in raw.named_modules():
         if any(True for _ in module.parameters()):
             module.register_forward_hook(partial(show, name))
     autocast(raw.forward)(*read_rows(rows, row_spans(rows, 0, 0), device))[1].backward()

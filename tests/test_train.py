@@ -20,7 +20,7 @@ from conftest import REPO, TINY, VERSE, Replayed, one_sentence
 
 import model
 import train as script
-from model import GPT, CharTokenizer, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, CharTokenizer, Dropout, GPTConfig, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -362,6 +362,17 @@ def test_a_summary_shows_each_tensor_and_state_and_writes_nothing(train):
     assert f"weights take {4e-6 * model.num_params():.3g} MB" in result.out
 
 
+def test_a_summary_goes_through_each_block_as_in_training(train, monkeypatch):
+    kept, real = set(), Dropout.forward
+
+    def forward(self, x):
+        kept.add(id(self) if self.training else None)
+        return real(self, x)
+    monkeypatch.setattr(Dropout, "forward", forward)
+    assert train("--summary=True", "--layerdrop=0.99", "--dropout=0.1").status == 0
+    assert len(kept) == 1 + 2 * 3 and None not in kept
+
+
 def test_a_summary_counts_a_tied_matrix_once_and_leaves_a_run_as_it_is(train):
     train()
     before = {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
@@ -691,6 +702,8 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
     (["--init_from=resume"], 1, ["out/tiny/last.pt: no such checkpoint"]),
     (["--profile=10"], 2, ["--profile=10 needs 13 steps, raise --max_iters"]),
     (["--sample_interval=1", "--start=é"], 2, ["'é'", "--tokenizer=byte"]),
+    (["--learning_rate=1e-5"], 2, ["--min_lr must not be above --learning_rate"]),
+    (["--eval_only=True"], 2, ["--eval_only=True needs --init_from=resume"]),
 ])
 def test_a_run_that_cannot_work_says_why(train, arguments, status, words):
     one_sentence(train(*arguments), status, *words)
@@ -857,10 +870,14 @@ def test_minutes_end_a_run_and_fix_its_steps(train, monkeypatch):
 def test_a_resumed_run_of_minutes_takes_the_steps_it_had_fixed(train):
     train("--max_iters=3", "--lr_decay_iters=6")
     saved = torch.load("out/tiny/last.pt", weights_only=True)
-    saved["progress"]["steps"] = 5
+    saved["progress"]["steps"], saved["settings"]["max_minutes"] = 5, 9.0
     torch.save(saved, "out/tiny/last.pt")
     assert train("--init_from=resume", "--lr_decay_iters=6", "--max_minutes=9").status == 0
     assert len(metrics()) == 6
+    one_sentence(train("--init_from=resume", "--lr_decay_iters=6", "--max_minutes=9"), 2,
+                 "has 5 steps", "--max_minutes")
+    assert train("--init_from=resume", "--lr_decay_iters=6", "--max_minutes=0.01").status == 0
+    assert len(metrics()) > 6
 
 
 def test_a_run_says_what_it_will_take_and_what_cannot_fit_is_refused(train):
