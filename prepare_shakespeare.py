@@ -26,8 +26,8 @@ from model import (PIECES, CharTokenizer, atomic_write, download, load_checkpoin
 source = ""           # a UTF-8 text file; empty: Tiny Shakespeare (1.1 MB), fetched to data/
 tokenizer = "char"    # char, byte, gpt2; bpe: learned from the training text; or a checkpoint's
 vocab_size = 4096     # of bpe: 256 bytes, end of text, and what is learned
-val_fraction = 0.1    # of the characters, taken from the end
-test_fraction = 0.0   # of the characters, taken after those of val
+val_fraction = 0.1    # of the characters, taken after those of train
+test_fraction = 0.0   # of the characters, taken from the end
 # Output
 dataset = ""          # folder under data/; empty: shakespeare_<tokenizer>
 settings = configure(globals())
@@ -50,7 +50,7 @@ def main():
         if not source and sha256_of(path) != SHA256:
             download(URLS, path, "pass a copy with --source=FILE", SHA256)
         text = read_text(path)  # once: it may be a pipe
-        made_by = {"source": source or URLS[0], "tokenizer": tokenizer,
+        made_by = {"source": source or URLS[0], "tokenizer": tokenizer + sha256_of(Path(tokenizer)),
                    "sha256": hashlib.sha256(text.encode()).hexdigest(),
                    "val_fraction": val_fraction, "test_fraction": test_fraction}
         if tokenizer == "bpe":
@@ -86,7 +86,7 @@ def check_splits(settings):
 
 def check_tokenizer(settings):
     if not Path(settings["tokenizer"]).exists():
-        one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe", "a checkpoint or its folder")
+        one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe", "a checkpoint or GPT-2 folder")
     require(settings["tokenizer"] != "bpe" or 257 <= settings["vocab_size"] <= 2 ** 16,
             f"--vocab_size must be from 257 to 65536, not {settings['vocab_size']}")
 
@@ -97,20 +97,20 @@ def known_tokenizer(name):
     return load_checkpoint(name)["tokenizer"]
 
 def is_complete(folder, made_by):
-    """Whether folder holds a dataset made with just these settings; if so it says so."""
+    """Whether folder holds a dataset made with just these settings; says what it holds."""
     try:
         complete = json.loads((folder / "meta.json").read_bytes())["made_by"] == made_by
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if complete:
-        print(f"{folder} is there already, made from the same text with the same settings")
+    same = "is there already, made from the same text with the same settings"
+    print(folder, same if complete else "held another text or other settings: replaced")
     return complete
 
 def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000_000, nats={},
                   **more):
     """Writes split.bin, flat token ids, for {split: iterable of texts}, with end before the
-    first text and after each, then meta.json, without which nothing counts. Threads encode about
-    chunk_size characters at a time. nats are the entropies of splits, if known; more is kept."""
+    first text and after each; last meta.json, with more: it marks them whole. Threads encode
+    about chunk_size characters at a time. nats: {split: -ln p of all its texts}, where known."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
                 totals += counts
         counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
         if split in nats:
-            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # but the first
+            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # the first is none
             counts["nats_per_character"] = nats[split] / counts["characters"]
         meta["splits"][split] = {"file": f"{split}.bin"} | counts
         print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "
@@ -171,7 +171,7 @@ def map_in_order(function, items, workers):
 # ---- byte pairs learned from a text ----
 
 def learn_tokenizer(texts, vocab_size, most=50_000_000):
-    """A BPETokenizer of the first most characters of the texts."""
+    """A BPETokenizer learned from the first characters of the texts, at most so many."""
     counts = Counter()  # {piece: how often it occurs}
     for text in texts:
         counts.update(regex.findall(PIECES, text[:most]))

@@ -42,7 +42,7 @@ vocab_size = 4096        # of bpe: 256 bytes, end of text, and what is learned
 bpe_sample = 50_000_000  # characters, the first of the training stories, that bpe learns from
 # Machine
 workers = 0              # threads that encode; 0: one for each core, at most 16
-chunk_size = 1_000_000   # bytes that one of them encodes at a time
+chunk_size = 1_000_000   # characters that one of them encodes at a time
 hub = "https://huggingface.co"  # or a mirror of it
 # Output
 dataset = ""             # folder under data/; empty: tinystories_ or grammar_<tokenizer>
@@ -64,7 +64,8 @@ def main():
             val_paths = text_files("val_source", val_source)
         made_by = {name: value for name, value in settings.items()
                    if name not in ("workers", "chunk_size", "hub", "dataset")}
-        made_by["sha256"] = sha256_of_all(paths + val_paths)  # of what is not a download
+        # Of what is not a download; a checkpoint may have been trained anew.
+        made_by["sha256"] = sha256_of_all(paths + val_paths + [Path(tokenizer)])
         if is_complete(folder, made_by):
             return
         if source in HUB_FILES:
@@ -90,7 +91,7 @@ def main():
             nats = {split: nats[which].sum() for split, which in chosen.items()}
         write_dataset(folder, stories, encoder, EOT, threads, chunk_size, nats, made_by=made_by,
                       read=read)
-    usual = f"tinystories_{'char' if tokenizer == 'byte' else tokenizer}"
+    usual = f"tinystories_{encoder.spec['kind'].replace('byte', 'char')}"
     config = config_file(f"config/{'quickstart' if source == 'grammar' else usual}.py")
     print(f"next: python train.py {config} --dataset={folder.name}")
 
@@ -209,7 +210,7 @@ def survey(paths, most=0):
         else:
             empty += 1
     if not hashes:
-        raise ValueError(f"{paths[0]} holds no stories, give another --source")
+        raise ValueError(f"{paths[0]} holds no stories, give another file")
     repeated = len(hashes) - len(np.unique(hashes))
     print(f"{len(hashes):,} stories, {repeated:,} of them repeated; {empty:,} empty left out")
     return {"stories": len(hashes), "empty": empty, "repeated": repeated}

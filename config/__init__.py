@@ -105,7 +105,7 @@ def require(condition, sentence, status=2):
         stop(sentence, status)
 
 def at_least(lowest, settings, *names):
-    """Ends the program at the first of these settings that is lower."""
+    """Ends the program at the first of these settings below lowest."""
     for name in names:
         require(settings[name] >= lowest,
                 f"--{name} must be at least {lowest}, not {settings[name]}")

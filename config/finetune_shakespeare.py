@@ -6,6 +6,7 @@ Result: not measured, it wants OpenAI's weights (0.5 GB, fetched from the Huggin
 
 out_dir = "out/finetune_shakespeare"
 dataset = "shakespeare_gpt2"
+tokenizer = "gpt2"
 init_from = "gpt2"
 start = "\n"
 

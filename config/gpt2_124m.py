@@ -30,5 +30,4 @@ min_lr = 0.0
 max_iters = 537
 eval_interval = 179
 eval_iters = 50  # the whole dataset's val split would take longer than the training
-log_interval = 10
 sample_interval = 179

@@ -6,6 +6,7 @@ Result: val loss 4.9599, 2.3133 bits per character, after 12 min of two Xeon cor
 
 out_dir = "out/shakespeare_gpt2"
 dataset = "shakespeare_gpt2"
+tokenizer = "gpt2"
 start = "\n"
 
 n_layer = 4
@@ -17,7 +18,6 @@ dropout = 0.2
 
 learning_rate = 2e-3
 min_lr = 2e-4
-beta2 = 0.99
 warmup_iters = 50
 max_iters = 1000
 eval_interval = 100

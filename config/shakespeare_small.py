@@ -14,14 +14,11 @@ n_embd = 256
 n_inner = 1024
 block_size = 128
 dropout = 0.1
-tied = True
-norm = "pre"
 
 batch_size = 32
 gradient_accumulation_steps = 2
 learning_rate = 2e-3
 min_lr = 2e-4
-beta2 = 0.99
 warmup_iters = 100
 max_iters = 2000
 eval_interval = 250

@@ -1,8 +1,8 @@
 """TinyStories in 4096 byte-pair tokens of its own, 4 layers of 256: 4,273,664 parameters.
 
 Data: python prepare_tinystories.py config/tinystories_bpe.py
-Result: 0.7251 bits per character of 6,456 stories after reading 11,953 others four times, in 19 min
-of two EPYC cores.
+Result: with --source=FILE of 11,953 stories, which are read four times, and --val_source=FILE of
+6,456 others, 0.7251 bits per character of those, after 19 min of two EPYC cores.
 """
 
 out_dir = "out/tinystories_bpe"

@@ -357,6 +357,17 @@ def test_any_text_can_have_tokens_of_its_own(run):
     one_sentence(run("prepare_shakespeare.py", *options, "--vocab_size=9"), 2, "from 257 to 65536")
 
 
+def test_a_dataset_in_the_tokens_of_a_model_trained_anew_is_made_anew(run, verse):
+    prepare = ["prepare_shakespeare.py", "--source=verse.txt", "--dataset=again"]
+    for kind in ("char", "byte"):
+        run("prepare_shakespeare.py", "--source=verse.txt", "--dataset=verse", f"--tokenizer={kind}")
+        run("train.py", *TINY)
+        made = run(*prepare, "--tokenizer=out/tiny/best.pt").out
+        assert json.loads(Path("data/again/meta.json").read_text())["tokenizer"]["kind"] == kind
+    assert "data/again held another text or other settings: replaced" in made
+    assert "is there already" in run(*prepare, "--tokenizer=out/tiny/best.pt").out
+
+
 # ---- prompts ----
 
 def test_escapes_are_understood_in_start_and_stop_at(train, run):

@@ -169,6 +169,9 @@ def test_a_config_serves_every_script_and_has_the_parameters_it_states(run, monk
     stated = int(re.search(r"([\d,]+) parameters", (REPO / "config" / name).read_text())[1]
                  .replace(",", ""))
     dataset = re.search(r'dataset = "(\w+)"', (REPO / "config" / name).read_text())[1]
+    for script in ("prepare_shakespeare.py", "prepare_tinystories.py"):  # what its name says
+        kind, = re.findall(r"--tokenizer='(\w+)", run(script, f"config/{name}", "--help").out)
+        assert dataset.endswith((f"_{kind}", "_published"))
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=VOCABULARY[dataset], **values))
     assert model.num_params() == stated

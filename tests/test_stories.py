@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_sentence
+from conftest import TINY, one_sentence
 
 import prepare_tinystories
 from model import EOT, tokenizer_from
@@ -51,11 +51,13 @@ def files(folder="data/x"):
 
 # ---- stories and splits ----
 
-def test_the_next_command_keeps_the_config_that_was_given(prepare):
+def test_the_next_command_keeps_the_config_that_was_given(prepare, run):
     Path("mine.py").write_text("tokenizer = 'byte'")
     assert prepare("mine.py").out.endswith("next: python train.py mine.py --dataset=x\n")
     other = prepare("--tokenizer=byte", "--val_fraction=0.2")
     assert other.out.endswith("next: python train.py config/tinystories_char.py --dataset=x\n")
+    run("train.py", *TINY, "--dataset=x")
+    assert "config/tinystories_char.py" in prepare("--tokenizer=out/tiny/best.pt").out
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
