@@ -1,8 +1,8 @@
 """Characters of Tiny Shakespeare in the sizes of nanoGPT's GPU run: 10,770,816 parameters.
 
 Data: python prepare_shakespeare.py
-Result: val loss 1.4568 after 6.1 million tokens, in 20 min of two EPYC cores; nanoGPT states
-1.4697 after 82 million.
+Result: val loss 1.4144 after 6.1 million tokens, in 52 min of one Xeon core with AMX; nanoGPT
+states 1.4697 after 82 million.
 """
 
 out_dir = "out/shakespeare_char"
@@ -15,9 +15,14 @@ n_embd = 384
 block_size = 256
 
 # The loss first has to leave 2.5, that of bigrams, which takes more steps with dropout and more
-# tokens in larger batches.
-batch_size = 16
+# tokens in larger batches: 16 rows, in half the steps, end 0.011 higher.
+batch_size = 8
 dropout = 0.1
+attn_dropout = False  # True: 0.006 higher
+
+# Six times the same text: weights that are pulled to 0 keep what stands there often. The usual
+# 0.1 ends 0.025 higher.
+weight_decay = 0.5
 
 optimizer = "muon"
 learning_rate = 5e-3
@@ -26,7 +31,7 @@ beta2 = 0.95
 warmup_iters = 20
 lr_schedule = "linear"
 min_lr = 0.0
-max_iters = 1500
-eval_interval = 500
-sample_interval = 500
-log_interval = 25
+max_iters = 3000
+eval_interval = 1000
+sample_interval = 1000
+log_interval = 50
