@@ -136,7 +136,7 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
                 totals += counts
         counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
         if split in nats:
-            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # the first is none
+            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # first: no target
             counts["nats_per_character"] = nats[split] / counts["characters"]
         meta["splits"][split] = {"file": f"{split}.bin"} | counts
         print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "
@@ -171,7 +171,7 @@ def map_in_order(function, items, workers):
 # ---- byte pairs learned from a text ----
 
 def learn_tokenizer(texts, vocab_size, most=50_000_000):
-    """A BPETokenizer learned from the first characters of the texts, at most so many."""
+    """A BPETokenizer learned from the first `most` characters of the texts."""
     counts = Counter()  # {piece: how often it occurs}
     for text in texts:
         counts.update(regex.findall(PIECES, text[:most]))
