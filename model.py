@@ -798,8 +798,8 @@ def unescape(text):
 
 def encode_prompt(tokenizer, start, document_rows=False):
     """(1, T) ids of a prompt, or of the file that FILE:path names. An empty one begins a text:
-    with eot, a line end, or the first of the vocabulary; with document_rows, as in training,
-    each begins with eot. Raises OSError or ValueError."""
+    with eot, a line end, or the first of the vocabulary; with document_rows any begins with eot,
+    as documents do in training. Raises OSError or ValueError."""
     text = read_text(start[5:]) if start.startswith("FILE:") else start
     if tokenizer.eot is not None and (not text or document_rows):
         return torch.tensor([[tokenizer.eot, *tokenizer.encode(text.removeprefix(EOT)).tolist()]])

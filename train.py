@@ -52,7 +52,7 @@ seed = 1337                  # of the weights, batches and dropout
 dataset = "shakespeare_char"  # folder under data/
 batch_size = 64              # sequences per forward pass
 block_size = 256             # longest context, tokens
-document_rows = False        # rows are stories, cut or padded; False: windows of the stream
+document_rows = False        # train on documents, padded, as evaluations do; False: on windows
 gradient_accumulation_steps = 1  # batches per step, shared by the processes
 # Model
 n_layer = 6
@@ -135,13 +135,13 @@ def main(cleanup):
         torch.backends.cuda.enable_mem_efficient_sdp(False)
 
     # ---- the data ----
-    meta, tokenizer, data = load_dataset(Path("data", dataset))
+    meta, tokenizer, data, rows = load_dataset(Path("data", dataset))
     guesses = baselines(data["train"].tokens, data["val"].tokens, tokenizer.vocab_size)
     print("loss of val by counts of train: " + ", ".join(
         f"{name} {loss:.4f}" for name, loss in guesses.items()))
     if floor := meta["splits"]["val"].get("nats_per_token"):
         guesses["entropy of the text"] = floor
-    checksums = {split: zlib.crc32(rows.tokens) for split, rows in data.items()}
+    checksums = {split: zlib.crc32(part.tokens) for split, part in data.items()}
     # Ids that pad the vocabulary stand in no text: the model learns that they are unlikely.
     padded = math.ceil(tokenizer.vocab_size / vocab_multiple) * vocab_multiple
     shape = {name: settings[name] for name in GPTConfig.__annotations__ if name in settings}
@@ -175,7 +175,7 @@ def main(cleanup):
     amp = choose_dtype(raw, saved, device)
     autocast = torch.autocast(device.type, amp, enabled=amp != torch.float32)
     if summary:
-        return print_modules(raw, autocast, data["train"], device)
+        return print_modules(raw, autocast, rows, device)
     if eval_only:
         return report(autocast(raw.eval().forward), data, meta, device, run_dir, source)
 
@@ -186,7 +186,7 @@ def main(cleanup):
     stateful = [*optimizers, scaler]
     if init_from == "resume":
         restore(stateful, states, source)
-    compile_blocks(raw, autocast, data["train"], device)
+    compile_blocks(raw, autocast, rows, device)
     model = raw  # DDP may wrap model; raw is evaluated and saved
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True,
@@ -204,18 +204,18 @@ def main(cleanup):
 
     graphed = device.type == "cuda" and cuda_graph and world_size == 1 and not layerdrop
     if graphed:
-        batch = read_rows(data["train"], row_spans(data["train"], 0, 0), device)
+        batch = read_rows(rows, row_spans(rows, 0, 0), device)
         add_gradients(*batch, 1.0)  # what is wrong with it shows here, with a traceback
         with stop_on_error(), reading("this model as a graph", ", try --cuda_graph=False"):
             add_gradients = CudaGraph(add_gradients, *batch, torch.ones((), device=device))
 
     # ---- the run ----
     step_rows = batch_size * gradient_accumulation_steps
-    steps_per_epoch = data["train"].per_epoch / step_rows
+    steps_per_epoch = rows.number / step_rows
     first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
     require(not 0 < patience <= progress["stale"], f"{source} stopped early, raise --patience")
-    each_step, each_evaluation = time_a_step(add_gradients, data, device)
+    each_step, each_evaluation = time_a_step(add_gradients, rows, data["val"], device)
     raw.zero_grad(set_to_none=not graphed)
     if max_minutes:
         left = 60 * max_minutes - progress["seconds"] - each_evaluation
@@ -253,10 +253,10 @@ def main(cleanup):
                 or any(every(interval, done) for interval in intervals)
                 or world_size == 1 and signals)
         loss = torch.zeros((), device=device)
-        spans = [row_spans(data["train"], step, i) for i in range(gradient_accumulation_steps)]
+        spans = [row_spans(rows, step, i) for i in range(gradient_accumulation_steps)]
         counts = [sum(end - begin for begin, end in part) for part in spans]  # of targets
         for micro in range(rank, gradient_accumulation_steps, world_size):
-            x, y = read_rows(data["train"], spans[micro], device)
+            x, y = read_rows(rows, spans[micro], device)
             if dropout or layerdrop:  # else nothing is random, and seeding costs time
                 torch.manual_seed(random_seed("dropout", step, micro))
             last = micro + world_size >= gradient_accumulation_steps
@@ -388,65 +388,67 @@ def require_memory(config, device):
 # ---- data ----
 
 def load_dataset(folder):
-    """(meta.json, tokenizer, {split: Windows or Documents}) of what a prepare script wrote."""
+    """(meta.json, tokenizer, {split: Documents} to evaluate on, rows to train on) of what a prepare
+    script wrote."""
     require(os.path.isfile(folder / "meta.json"), f"{folder}: no such dataset, its config's "
             f"docstring says how to prepare it, or prepare_shakespeare.py --source=FILE", 1)
     data = {}
     with stop_on_error(), reading(folder, ", delete it and prepare it again"):
         meta = json.loads((folder / "meta.json").read_bytes())
         tokenizer = tokenizer_from(meta["tokenizer"])
-        require(not document_rows or tokenizer.eot is not None, f"{folder} has no ends of "
-                f"texts, --document_rows=True needs data of prepare_tinystories.py")
         for split, counts in meta["splits"].items():
             tokens = np.memmap(folder / f"{split}.bin", meta["dtype"], "r")
             tokens = np.asarray(tokens)  # indexing a memmap takes three times as long
             if len(tokens) != counts["tokens"] or tokens.max() >= tokenizer.vocab_size:
                 raise ValueError(f"{split}.bin is not what meta.json says")
-            rows = Documents(tokens, tokenizer.eot) if document_rows else Windows(tokens)
-            require(rows.number >= 1 or not document_rows, f"{folder}/{split}.bin holds no ends of "
-                    f"texts: write {EOT} behind each, or give --document_rows=False")
-            require(min(rows.per_epoch, rows.phases) >= 1, f"{folder}/{split}.bin: "
-                    f"{len(tokens):,} tokens are too few for --block_size={block_size}")
+            require(len(tokens) > 1, f"{folder}/{split}.bin: one token is too few", 1)
+            data[split] = rows = Documents(tokens, -1 if tokenizer.eot is None else tokenizer.eot)
             line = f"{split}: {len(tokens):,} tokens, {counts['characters']:,} characters"
-            if document_rows:
-                line += f", {rows.number:,} stories, {rows.cut:,} of them cut"
-            if rows.cut:
-                counts.pop("nats_per_token", None)  # of whole stories, not of their beginnings
+            if rows.documents > 1:  # as many rows: each fits into the context
+                line += f", {rows.documents:,} documents in {rows.number:,} rows"
             if "nats_per_token" in counts:
                 line += f", entropy {counts['nats_per_token']:.4f}: no honest loss is lower"
             print(line)
-            data[split] = rows
     require("val" in data, f"{folder} has no val split, prepare it with --val_fraction=0.1", 1)
-    return meta, tokenizer, data
-
-class Windows:
-    """The rows of a split of (N,) ids: windows of block_size inputs, their targets one further,
-    side by side. In each epoch the first begins at another phase, so that cuts move."""
-    cut = 0
-    def __init__(self, tokens):
-        self.tokens = tokens
-        self.number = math.ceil((len(tokens) - 1) / block_size)     # in phase 0, the last shorter
-        self.phases = min(block_size, len(tokens) - block_size)
-        self.per_epoch = (len(tokens) - self.phases) // block_size  # that fit in any phase
-
-    def span(self, row, phase=0):
-        """Places of a row's first input and last target; with block_size 8, (8, 16) of row 1."""
-        first = phase + block_size * row
-        return first, min(first + block_size, len(self.tokens) - 1)
+    train = data["train"]
+    require(train.documents > 1 or not document_rows, f"{folder} is one document: write {EOT} "
+            f"behind each and use prepare_tinystories.py, or give --document_rows=False")
+    require(len(train.tokens) > block_size or document_rows, f"{folder}/train.bin: "
+            f"{len(train.tokens):,} tokens are too few for --block_size={block_size}")
+    return meta, tokenizer, data, train if document_rows else Windows(train.tokens)
 
 class Documents:
-    """The rows of a split: its documents, each with the eot before it, cut at block_size."""
-    phases = 1
+    """The rows of a split of (N,) ids: each document, from the eot before it, in pieces of
+    block_size inputs, their targets one further. A split without eot is one document."""
+    phases = 1  # documents have one beginning
     def __init__(self, tokens, eot):
         self.tokens = tokens
-        self.ends = np.concatenate([i + np.flatnonzero(tokens[i:i + 2 ** 24] == eot)
-                                    for i in range(0, len(tokens), 2 ** 24)])
-        self.number = self.per_epoch = len(self.ends) - 1
-        self.cut = int((np.diff(self.ends) > block_size).sum())
+        eots = [i + np.flatnonzero(tokens[i:i + 2 ** 24] == eot)
+                for i in range(0, len(tokens), 2 ** 24)]
+        self.ends = np.unique(np.concatenate([[0], *eots, [len(tokens) - 1]]))
+        self.documents = len(self.ends) - 1
+        pieces = -(-np.diff(self.ends) // block_size)  # rounded up
+        self.first_rows = np.append(0, pieces.cumsum())
+        self.number = int(self.first_rows[-1])
 
     def span(self, row, phase=0):
-        first = self.ends[row]
-        return first, min(first + block_size, self.ends[row + 1])
+        """Places of a row's first input and last target, or of (N,) rows'; with block_size 8 and
+        eot at 0, 5 and 15 these are (0, 5), (5, 13), (13, 15)."""
+        i = self.first_rows.searchsorted(row, "right") - 1
+        first = self.ends[i] + block_size * (row - self.first_rows[i])
+        return first, np.minimum(first + block_size, self.ends[i + 1])
+
+class Windows:
+    """The rows of a stream of (N,) ids: windows of block_size inputs, side by side, which fill a
+    batch without padding. In each epoch the first begins at another phase, so that cuts move."""
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.phases = min(block_size, len(tokens) - block_size)
+        self.number = (len(tokens) - self.phases) // block_size  # that fit in any phase
+
+    def span(self, row, phase=0):
+        first = phase + block_size * row
+        return first, first + block_size
 
 def read_rows(rows, spans, device):
     """Inputs x and targets y, (B, T) each, of rows with these spans. A short row is padded: x
@@ -491,13 +493,13 @@ def epoch_order(rows, epoch):
     """Phase and random order of an epoch's rows: each token a target once, but at the ends."""
     generator = np.random.default_rng(random_seed("epoch", epoch))
     phase = int(generator.integers(rows.phases))
-    return phase, generator.permutation(np.arange(rows.per_epoch, dtype=np.uint32))
+    return phase, generator.permutation(np.arange(rows.number, dtype=np.uint32))
 
 def row_spans(rows, step, micro):
     """The places of a batch's rows in endless epochs, which follow from (seed, step, micro)."""
     first, spans = (step * gradient_accumulation_steps + micro) * batch_size, []
     for number in range(first, first + batch_size):
-        epoch, i = divmod(number, rows.per_epoch)
+        epoch, i = divmod(number, rows.number)
         phase, order = epoch_order(rows, epoch)
         spans.append(rows.span(int(order[i]), phase))
     return spans
@@ -605,15 +607,19 @@ def learning_rate_at(step, steps):
 
 def eval_batches(rows, device, max_batches):
     """Yields this process's share of a split's batches, in which each token is predicted once;
-    max_batches > 0: of max_batches * batch_size rows alone, evenly spread."""
+    max_batches > 0: of max_batches * batch_size rows alone, evenly spread. Rows of like length
+    stand together, as a batch is as wide as its longest."""
     count = min(rows.number, max_batches * batch_size or rows.number)
     numbers = np.linspace(0, rows.number - 1, count).round().astype(int)
+    spans = np.stack(rows.span(numbers), axis=1)                 # (N, 2)
+    spans = spans[(spans[:, 0] - spans[:, 1]).argsort(kind="stable")]  # the longest first
     size = max(batch_size, 2048 // block_size)  # fewer tokens at a time take longer
     for first in range(rank * size, count, world_size * size):
         if rank == 0:
             show_progress(f"evaluating, row {first:,} of {count:,}")
-        spans = [rows.span(int(number)) for number in numbers[first:first + size]]
-        yield read_rows(rows, spans, device)
+        x, y = read_rows(rows, spans[first:first + size], device)
+        longest = (y >= 0).sum(dim=1).max()
+        yield x[:, :longest], y[:, :longest]
     show_progress("")
 
 @torch.no_grad()
@@ -886,18 +892,19 @@ def compile_blocks(raw, autocast, rows, device):
         torch.compiler.set_stance("force_eager")
     raw.zero_grad()  # those of the attempt, which may have failed half way
 
-def time_a_step(add_gradients, data, device):
+def time_a_step(add_gradients, rows, val, device):
     """Seconds of a step and of an evaluation, by the second of two micro-steps on a batch. An
     evaluation goes forward alone, which is a third of the work, over val and as much of train."""
     for _ in range(2):
         began = time.time()
-        x, y = read_rows(data["train"], row_spans(data["train"], 0, 0), device)
+        x, y = read_rows(rows, row_spans(rows, 0, 0), device)
         add_gradients(x, y, 1.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         micro = (time.time() - began) / world_size
-    batches = 2 * (eval_iters or data["val"].number / batch_size)
-    return micro * gradient_accumulation_steps, micro / 3 * batches
+    batches = 2 * (eval_iters or val.number / batch_size)
+    share = len(val.tokens) / (val.number * block_size)  # of a row, the rest is padding
+    return micro * gradient_accumulation_steps, micro / 3 * batches * share
 
 def steps_in(seconds, each_step, each_evaluation, evaluate_every):
     """How many steps fit, with their evaluations and that of the last."""
@@ -992,7 +999,7 @@ def evaluate_positions(forward, rows, device="cpu", max_batches=0):
         nats = [F.cross_entropy(row.float(), targets, ignore_index=-1, reduction="none")
                 for row, targets in zip(logits, y)]  # a row at a time: floats of all are many
         right = logits.max(dim=-1).indices == y      # on a CPU a third of argmax's time
-        sums += torch.stack((torch.stack(nats), right, y >= 0)).sum(dim=1).cpu()
+        sums[:, :x.size(1)] += torch.stack((torch.stack(nats), right, y >= 0)).sum(dim=1).cpu()
     return torch.tensor(summed(device, *sums.flatten().tolist()), dtype=sums.dtype).view(3, -1)
 
 def report(forward, data, meta, device, run_dir, source):
@@ -1010,8 +1017,9 @@ def report(forward, data, meta, device, run_dir, source):
     edges = [0, *(2 ** i for i in range((block_size - 1).bit_length())), block_size]
     for first, last in zip(edges, edges[1:]):
         label = f"{first + 1}-{last}".removeprefix(f"{last}-")  # 1, 2, 3-4, 5-8, ...
-        parts = [table[:, first:last].sum(dim=1) for table in sums.values()]
-        print(f"{label:>11}" + "".join(f"{nats / tokens:>9.4f}" for nats, _, tokens in parts))
+        parts = [table[:, first:last].sum(dim=1).tolist() for table in sums.values()]
+        print(f"{label:>11}" + "".join(f"{nats / tokens:>9.4f}" if tokens else " " * 9
+                                       for nats, _, tokens in parts))
     if rank == 0 and plot and find_spec("matplotlib"):
         from matplotlib.figure import Figure
         figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")

@@ -2,7 +2,7 @@
 
 Data: python prepare_tinystories.py config/tinystories_bpe.py
 Result: with --source=FILE of 11,953 stories, which are read four times, and --val_source=FILE of
-6,456 others, 0.7251 bits per character of those, after 19 min of two EPYC cores.
+6,456 others, 0.6990 bits per character of those, after 16 min of two Xeon cores with AMX.
 """
 
 out_dir = "out/tinystories_bpe"

@@ -381,7 +381,7 @@ def around():
     script.block_size, script.batch_size = 256, 16
     model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.1))
     autocast = torch.autocast("cpu", torch.bfloat16)
-    data = dict.fromkeys(("train", "val"), script.Windows(ids))
+    data = dict.fromkeys(("train", "val"), script.Documents(ids, -1))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "metrics.csv")
         for done in range(60):
@@ -451,7 +451,7 @@ def padding(run, steps="40"):
     best model, and by the same after a few steps whose loss counts padding, too."""
     saved = load_checkpoint(Path(run, "best.pt"))
     vars(script).update(saved["settings"])
-    _, tokenizer, data = script.load_dataset(Path("data") / script.dataset)
+    _, tokenizer, data, _ = script.load_dataset(Path("data") / script.dataset)
     model, real = saved["model"], script.read_rows
     forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
 
@@ -681,7 +681,7 @@ def speedrun(nanogpt, data, seeds="3"):
         return speedrun_on_a_gpu(nanogpt, data, seeds)
     repo, peer, found = Path(script.__file__).parent, load_peer(nanogpt), []
     script.block_size, script.batch_size = 64, 32
-    rows = script.Windows(np.fromfile(Path(data, "val.bin"), np.uint16))
+    rows = script.Documents(np.fromfile(Path(data, "val.bin"), np.uint16), -1)
     with tempfile.TemporaryDirectory() as folder:
         def seconds(*command):
             began = time.perf_counter()

@@ -55,7 +55,7 @@ def test_each_token_is_a_target_once_an_epoch(small):
         phase, order = small.epoch_order(rows, epoch)
         x, y = small.read_rows(rows, [rows.span(int(row), phase) for row in order], "cpu")
         targets = y.flatten().sort().values
-        assert len(order) == rows.per_epoch and (targets.diff() == 1).all()
+        assert len(order) == rows.number and (targets.diff() == 1).all()
         assert torch.equal(x + 1, y) and len(rows.tokens) - len(targets) < 2 * 8
         phases.add(phase)
     assert len(phases) > 1
@@ -94,29 +94,40 @@ EOT = 9
 FLAT = np.array([9, 1, 2, 3, 9, 4, 9, *range(10, 22), 9, 5, 6, 9], dtype=np.uint16)  # 4 documents
 
 
-def test_document_rows_are_the_documents_cut_or_padded(small):
+def test_a_text_is_rows_from_the_eot_before_it_and_the_last_is_padded(small):
     rows = small.Documents(FLAT, EOT)
-    assert (rows.number, rows.per_epoch, rows.cut) == (4, 4, 1)
-    x, y = small.read_rows(rows, [rows.span(row) for row in range(4)], "cpu")
+    assert (rows.documents, rows.number) == (4, 5)
+    x, y = small.read_rows(rows, [rows.span(row) for row in range(5)], "cpu")
     assert y.tolist() == [[1, 2, 3, 9, -1, -1, -1, -1], [4, 9, -1, -1, -1, -1, -1, -1],
-                          [*range(10, 18)], [5, 6, 9, -1, -1, -1, -1, -1]]
-    assert x[:, 0].tolist() == [9, 9, 9, 9] and x.min() >= 0
+                          [*range(10, 18)], [*range(18, 22), 9, -1, -1, -1],
+                          [5, 6, 9, -1, -1, -1, -1, -1]]
+    assert x[:, 0].tolist() == [9, 9, 9, 17, 9] and x.min() >= 0
     assert torch.equal(x[:, 1:][y[:, :-1] >= 0], y[:, :-1][y[:, :-1] >= 0])
 
 
-def test_each_document_is_a_row_once_an_epoch(small):
+@pytest.mark.parametrize("tokens", [[9, 9, 1, 9, 9, 2, 3], [1, 2, 9], [9, 1], [1, 9] * 40,
+                                    [*range(10, 27)], [*range(10, 26), 9]])
+def test_each_token_but_the_first_is_a_target_once_in_whatever_texts(small, tokens):
+    tokens = np.array(tokens, dtype=np.uint16)
+    rows = small.Documents(tokens, EOT)
+    y = small.read_rows(rows, [rows.span(row) for row in range(rows.number)], "cpu")[1]
+    assert y[y >= 0].tolist() == tokens[1:].tolist() and (y[:, 0] >= 0).all()
+
+
+def test_each_row_of_the_texts_is_read_once_an_epoch(small, monkeypatch):
+    monkeypatch.setattr(small, "batch_size", 5)
     rows = small.Documents(FLAT, EOT)
-    for epoch in range(3):  # 4 rows a batch, 2 batches a step
-        for micro in range(2):
-            _, y = batch(small, rows, epoch, micro)
-            assert sorted(y[:, 0].tolist()) == [1, 4, 5, 10]
+    for epoch in range(3):
+        _, y = batch(small, rows, epoch // 2, epoch % 2)
+        assert sorted(y[:, 0].tolist()) == [1, 4, 5, 10, 18]
 
 
 def test_padding_counts_neither_in_loss_nor_in_accuracy(small):
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 50, 2, 2, 16)).eval()
     loss, correct, counted = 0.0, 0, 0
-    for document in ([9, 1, 2, 3, 9], [9, 4, 9], [9, *range(10, 18)], [9, 5, 6, 9]):
+    for document in ([9, 1, 2, 3, 9], [9, 4, 9], [9, *range(10, 18)], [*range(17, 22), 9],
+                     [9, 5, 6, 9]):
         logits = model(torch.tensor([document[:-1]]))[0][0].double().log_softmax(dim=-1)
         for t, token in enumerate(document[1:]):
             loss -= logits[t, token].item()
@@ -150,7 +161,7 @@ def test_evaluation_is_the_token_by_token_sum(small):
         logits = in_float64(torch.tensor([tokens[first:t].tolist()]))[0][0, -1]
         nats = -logits.log_softmax(dim=-1)[tokens[t]].item()
         sums[:, position] += torch.tensor([nats, logits.argmax().item() == tokens[t], 1])
-    rows = small.Windows(tokens)
+    rows = small.Documents(tokens, -1)
     expected = (sums[0].sum().item() / 99, sums[1].sum().item() / 99)
     assert small.evaluate(model, rows) == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(small.evaluate_positions(model, rows), sums, atol=1e-5, rtol=1e-6)
@@ -159,7 +170,7 @@ def test_evaluation_is_the_token_by_token_sum(small):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_evaluation_does_not_depend_on_the_batch_size(small, monkeypatch, batch_size):
     model = GPT(GPTConfig(8, 50, 1, 1, 8)).eval()
-    rows = small.Windows(np.arange(90, dtype=np.uint16) % 50)
+    rows = small.Documents(np.arange(90, dtype=np.uint16) % 50, -1)
     expected = small.evaluate(model, rows)
     monkeypatch.setattr(small, "batch_size", batch_size)
     assert small.evaluate(model, rows) == pytest.approx(expected, abs=1e-6)
@@ -172,7 +183,7 @@ def test_a_capped_evaluation_is_spread_over_the_split(small):
         seen.extend(x[:, 0].tolist())
         return torch.zeros(*x.shape, 50), torch.tensor(1.0)
 
-    small.evaluate(model, small.Windows(np.arange(801, dtype=np.uint16)), max_batches=1)
+    small.evaluate(model, small.Documents(np.arange(801, dtype=np.uint16), -1), max_batches=1)
     assert seen == [0, 264, 528, 792]
 
 
@@ -214,7 +225,7 @@ def test_eval_only_draws_the_loss_by_position(run, verse):
 
 
 def test_progress_is_for_terminals_only(small, monkeypatch, capsys):
-    model, rows = GPT(GPTConfig(8, 50, 1, 1, 8)), small.Windows(np.arange(9000) % 50)
+    model, rows = GPT(GPTConfig(8, 50, 1, 1, 8)), small.Documents(np.arange(9000) % 50, -1)
     small.evaluate(model, rows)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
@@ -691,7 +702,7 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatc
 @pytest.mark.parametrize("arguments, status, words", [
     (["--dataset=nope"], 1, ["data/nope: no such dataset", "prepare_shakespeare.py"]),
     ([f"--dataset={'9' * 5000}"], 1, ["data/999"]),
-    (["--block_size=500"], 2, ["445 tokens are too few for --block_size=500"]),
+    (["--block_size=4000"], 2, ["3,999 tokens are too few for --block_size=4000"]),
     (["--n_embd=15"], 2, ["n_embd must be a multiple of n_head"]),
     (["--dropout=1.5"], 2, ["dropout must be"]),
     (["--batch_size=0"], 2, ["--batch_size must be at least 1"]),
@@ -775,6 +786,13 @@ def test_weights_that_overflow_are_not_saved(train, options):
     assert not list(Path("out/tiny").glob("*.pt"))
 
 
+def test_a_split_of_one_token_has_nothing_to_predict(run):
+    Path("s.txt").write_text("abcdefghij")
+    run("prepare_shakespeare.py", "--source=s.txt", "--dataset=s")
+    one_sentence(run("train.py", *TINY, "--dataset=s", "--block_size=4"), 1,
+                 "data/s/val.bin: one token is too few")
+
+
 # ---- stories ----
 
 @pytest.fixture
@@ -783,8 +801,8 @@ def tell(run):
     run("prepare_tinystories.py", "--source=grammar", "--max_stories=200", "--tokenizer=bpe",
         "--vocab_size=500", "--dataset=tales")
     return lambda *arguments: run(
-        "train.py", "--dataset=tales", "--out_dir=out/tell", "--document_rows=True",
-        "--n_layer=1", "--n_head=2", "--n_embd=32", "--batch_size=10", "--dropout=0.0",
+        "train.py", "--dataset=tales", "--out_dir=out/tell", "--overwrite=True",
+        "--document_rows=True", "--dtype=float32", "--n_layer=1", "--n_head=2", "--n_embd=32", "--batch_size=10", "--dropout=0.0",
         "--block_size=256", "--warmup_iters=0", "--learning_rate=0.02", "--max_iters=54",
         "--eval_epochs=1.5", "--log_interval=0", "--device=cpu", "--start=", *arguments)
 
@@ -796,16 +814,19 @@ def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_clo
     floor = json.loads(Path("data/tales/meta.json").read_text())["splits"]["val"]["nats_per_token"]
     found = [float(row["val"]) for row in metrics("out/tell")]
     assert len(found) == 3 and 2 * floor < found[0] and floor < found[-1] < found[1] < found[0]
-    assert f"0 of them cut, entropy {floor:.4f}: no honest loss is lower" in done.out
+    assert f"20 documents in 20 rows, entropy {floor:.4f}: no honest loss is lower" in done.out
     assert f"entropy is {floor:.4f}, the loss {found[-1] / floor - 1:.1%} above" in done.out
     pairs = float(re.search(r"bigram (\S+)", done.out)[1])
     assert (found[-1] > pairs) == ("a bigram, which" in done.out)
 
 
-def test_where_stories_are_cut_no_floor_is_claimed(tell):
-    done = tell("--block_size=32", "--max_iters=1")
-    assert "200 stories" not in done.out and "20 of them cut" in done.out
-    assert "entropy" not in done.out
+def test_evaluation_reads_texts_whatever_rows_are_trained_on(tell):
+    """So that losses of the two ways to train compare: untrained they have the same one."""
+    found = []
+    for rows in (True, False):
+        tell("--max_iters=1", "--block_size=32", f"--document_rows={rows}")
+        found.append([[row[name] for name in ("train", "val")] for row in metrics("out/tell")])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
 def test_evaluations_by_the_epoch(tell):
@@ -841,8 +862,8 @@ def test_samples_of_a_story_model_end_with_the_story(tell, run):
 
 
 def test_story_rows_need_ends_of_stories(train):
-    one_sentence(train("--document_rows=True"), 2, "--document_rows=True needs",
-                 "prepare_tinystories.py")
+    one_sentence(train("--document_rows=True"), 2, "data/verse is one document",
+                 "prepare_tinystories.py", "--document_rows=False")
 
 
 # ---- time and memory ----
