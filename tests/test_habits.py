@@ -643,11 +643,6 @@ def test_compile_may_be_a_bool_in_a_config(train, run, script):
     one_sentence(run(script, "c.py"), 2, "--dtype must be auto", "not 'True'")
 
 
-def test_documents_need_ends_not_length(train, gpt2, run):
-    run("prepare_shakespeare.py", "--source=verse.txt", "--dataset=verse", "--tokenizer=gpt2")
-    one_sentence(train("--document_rows=True"), 2, "is one document", EOT)
-
-
 @pytest.mark.parametrize("name, script, arguments", [
     ("verse.txt", "prepare_shakespeare.py", ["--source=verse.txt", "--dataset=z"]),
     ("verse.txt", "prepare_tinystories.py", ["--source=verse.txt", "--dataset=z"]),

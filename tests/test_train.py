@@ -94,7 +94,7 @@ EOT = 9
 FLAT = np.array([9, 1, 2, 3, 9, 4, 9, *range(10, 22), 9, 5, 6, 9], dtype=np.uint16)  # 4 documents
 
 
-def test_a_text_is_rows_from_the_eot_before_it_and_the_last_is_padded(small):
+def test_a_document_is_rows_from_the_eot_before_it_the_last_padded(small):
     rows = small.Documents(FLAT, EOT)
     assert (rows.documents, rows.number) == (4, 5)
     x, y = small.read_rows(rows, [rows.span(row) for row in range(5)], "cpu")
@@ -107,14 +107,14 @@ def test_a_text_is_rows_from_the_eot_before_it_and_the_last_is_padded(small):
 
 @pytest.mark.parametrize("tokens", [[9, 9, 1, 9, 9, 2, 3], [1, 2, 9], [9, 1], [1, 9] * 40,
                                     [*range(10, 27)], [*range(10, 26), 9]])
-def test_each_token_but_the_first_is_a_target_once_in_whatever_texts(small, tokens):
+def test_each_token_but_the_first_is_a_target_once_in_whatever_documents(small, tokens):
     tokens = np.array(tokens, dtype=np.uint16)
     rows = small.Documents(tokens, EOT)
     y = small.read_rows(rows, [rows.span(row) for row in range(rows.number)], "cpu")[1]
     assert y[y >= 0].tolist() == tokens[1:].tolist() and (y[:, 0] >= 0).all()
 
 
-def test_each_row_of_the_texts_is_read_once_an_epoch(small, monkeypatch):
+def test_each_row_of_the_documents_is_read_once_an_epoch(small, monkeypatch):
     monkeypatch.setattr(small, "batch_size", 5)
     rows = small.Documents(FLAT, EOT)
     for epoch in range(3):
@@ -802,9 +802,10 @@ def tell(run):
         "--vocab_size=500", "--dataset=tales")
     return lambda *arguments: run(
         "train.py", "--dataset=tales", "--out_dir=out/tell", "--overwrite=True",
-        "--document_rows=True", "--dtype=float32", "--n_layer=1", "--n_head=2", "--n_embd=32", "--batch_size=10", "--dropout=0.0",
-        "--block_size=256", "--warmup_iters=0", "--learning_rate=0.02", "--max_iters=54",
-        "--eval_epochs=1.5", "--log_interval=0", "--device=cpu", "--start=", *arguments)
+        "--document_rows=True", "--dtype=float32", "--n_layer=1", "--n_head=2", "--n_embd=32",
+        "--batch_size=10", "--dropout=0.0", "--block_size=256", "--warmup_iters=0",
+        "--learning_rate=0.02", "--max_iters=54", "--eval_epochs=1.5", "--log_interval=0",
+        "--device=cpu", "--start=", *arguments)
 
 
 def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_close(tell):
@@ -820,7 +821,7 @@ def test_no_model_gets_below_the_entropy_of_the_grammar_and_the_run_says_how_clo
     assert (found[-1] > pairs) == ("a bigram, which" in done.out)
 
 
-def test_evaluation_reads_texts_whatever_rows_are_trained_on(tell):
+def test_evaluation_reads_documents_whatever_rows_are_trained_on(tell):
     """So that losses of the two ways to train compare: untrained they have the same one."""
     found = []
     for rows in (True, False):
@@ -862,7 +863,7 @@ def test_samples_of_a_story_model_end_with_the_story(tell, run):
 
 
 def test_story_rows_need_ends_of_stories(train):
-    one_sentence(train("--document_rows=True"), 2, "data/verse is one document",
+    one_sentence(train("--document_rows=True"), 2, "data/verse is one document", "<|endoftext|>",
                  "prepare_tinystories.py", "--document_rows=False")
 
 
