@@ -74,7 +74,7 @@ attn_dropout = True          # of the attention weights, too; False is faster on
 label_smoothing = 0.0        # in the training loss, never in evaluation
 layerdrop = 0.0              # chance to skip a block in training
 # Optimizer
-optimizer = "adamw"          # adamw, adamw_scratch (written out below) or muon
+optimizer = "adamw"          # adamw, adamw_scratch (written out below), muon or muon_qkv
 learning_rate = 1e-3
 weight_decay = 0.1           # on matrices only
 beta1 = 0.9
@@ -546,9 +546,10 @@ class AdamW(torch.optim.Optimizer):
 class Muon(torch.optim.Optimizer):
     """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024),
     as large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape
-    go together, in half of torch.optim.Muon's time."""
-    def __init__(self, params, lr, momentum, weight_decay=0.0):
-        shapes = {}
+    go together, in half of torch.optim.Muon's time. apart: of c_attn, (3C, C), each third by
+    itself; else the values, whose gradients are the largest, take the others' share."""
+    def __init__(self, params, lr, momentum, weight_decay=0.0, apart=False):
+        self.apart, shapes = apart, {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         super().__init__([{"params": group} for group in shapes.values()],
@@ -560,13 +561,15 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            lr, beta = group["lr"], group["momentum"]
+            lr, beta, (rows, columns) = group["lr"], group["momentum"], params[0].shape
             means = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
-            g = torch.stack([p.grad for p in params])           # (N, rows, columns)
-            m = torch.stack(means).lerp_(g, 1 - beta)           # beta m + (1 - beta) g
-            updates = orthogonal(g.lerp_(m, beta))              # Nesterov's, one step ahead
-            size = 0.2 * math.sqrt(max(g.shape[1:]))            # mean square as AdamW's
-            torch._foreach_copy_(means, m.unbind())             # each for all matrices
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(means, grads, 1 - beta)        # each beta m + (1 - beta) g
+            ahead = torch._foreach_lerp(grads, means, beta)     # Nesterov's: one step ahead
+            thirds = self.apart and rows == 3 * columns         # which are square
+            g = torch.stack(ahead).view(-1, columns if thirds else rows, columns)
+            updates = orthogonal(g).reshape(-1, rows, columns)
+            size = 0.2 * math.sqrt(max(rows, columns))          # mean square as AdamW's
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-lr * size)
 
@@ -590,6 +593,7 @@ OPTIMIZERS = {  # name: (for all parameters, None), or (for most, for matrices o
     "adamw": (partial(torch.optim.AdamW, fused=True), None),
     "adamw_scratch": (AdamW, None),
     "muon": (partial(torch.optim.AdamW, fused=True), Muon),
+    "muon_qkv": (partial(torch.optim.AdamW, fused=True), partial(Muon, apart=True)),
 }
 SCHEDULES = {"cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part)),
              "linear": lambda part: 1 - part}  # from 1 to 0

@@ -2,7 +2,7 @@
 
 Data: python prepare_tinystories.py config/tinystories_bpe.py
 Result: with --source=FILE of 11,953 stories, which are read four times, and --val_source=FILE of
-6,456 others, 0.6948 bits per character of those, after 21 min of two Xeon cores with AMX.
+6,456 others, 0.6892 bits per character of those, after 14 min of two Xeon cores with AMX.
 """
 
 out_dir = "out/tinystories_bpe"
@@ -19,7 +19,7 @@ block_size = 256
 activation = "relu"
 dropout = 0.0
 
-optimizer = "muon"
+optimizer = "muon_qkv"  # muon ends 0.8% higher
 batch_size = 16
 learning_rate = 6e-3
 momentum = 0.9

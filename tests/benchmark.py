@@ -635,12 +635,12 @@ THEIRS = ["--compile=False", "--batch_size=12", "--gradient_accumulation_steps=1
           "--max_iters=2000", "--lr_decay_iters=2000", "--warmup_iters=100", "--learning_rate=1e-3",
           "--min_lr=1e-4", "--beta2=0.99", "--eval_interval=250", "--eval_iters=20",
           "--always_save_checkpoint=False"]
-OURS = ["--optimizer=muon", "--activation=relu", "--batch_size=32", "--beta1=0.85", "--beta2=0.95",
-        "--lr_schedule=linear", "--min_lr=0.0",
+OURS = ["--optimizer=muon_qkv", "--activation=relu", "--batch_size=32", "--beta1=0.85",
+        "--beta2=0.95", "--lr_schedule=linear", "--min_lr=0.0",
         "--eval_interval=0", "--eval_iters=8",  # of 32 rows, theirs 20 of 12
         "--log_interval=1", "--plot=False", "--overwrite=True"]
 # To a loss as good as theirs, and the best in as much time:
-SHORT = ["--learning_rate=2.5e-2", "--momentum=0.85", "--weight_decay=0.0", "--warmup_iters=5"]
+SHORT = ["--learning_rate=1.8e-2", "--momentum=0.8", "--weight_decay=0.0", "--warmup_iters=5"]
 LONG = ["--learning_rate=8e-3", "--momentum=0.9", "--weight_decay=0.2", "--warmup_iters=50"]
 
 
@@ -713,12 +713,12 @@ def speedrun(nanogpt, data, seeds="3"):
             model = peer.GPT(peer.GPTConfig(**saved["model_args"])).eval()
             model.load_state_dict(saved["model"])
             their_loss = script.evaluate(lambda x, y: model(x, y.contiguous()), rows)[0]
-            short, short_loss, each = ours(205, SHORT, seed)
-            steps = int(0.95 * (theirs - (short - 205 * each)) / each)
+            short, short_loss, each = ours(180, SHORT, seed)
+            steps = int(0.95 * (theirs - (short - 180 * each)) / each)
             long, long_loss, _ = ours(steps, LONG, seed)
             found.append((theirs / short, their_loss, short_loss, long_loss))
             print(f"seed {seed}: nanoGPT 2000 steps {theirs:5.1f} s val {their_loss:.4f}   "
-                  f"ours 205 steps {short:5.1f} s val {short_loss:.4f}  x{theirs / short:.2f}   "
+                  f"ours 180 steps {short:5.1f} s val {short_loss:.4f}  x{theirs / short:.2f}   "
                   f"{steps} steps {long:5.1f} s val {long_loss:.4f}", flush=True)
     print("medians: x{:.2f}, val {:.4f}, {:.4f} and {:.4f}".format(
         *map(statistics.median, zip(*found))))
