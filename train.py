@@ -546,8 +546,8 @@ class AdamW(torch.optim.Optimizer):
 class Muon(torch.optim.Optimizer):
     """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024),
     as large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape
-    go together, in half of torch.optim.Muon's time. apart: of c_attn, (3C, C), each third by
-    itself; else the values, whose gradients are the largest, take the others' share."""
+    go together, in half of torch.optim.Muon's time. apart: matrices of (3C, C), as c_attn, by
+    thirds; else the values, whose gradients are the largest, take the others' share."""
     def __init__(self, params, lr, momentum, weight_decay=0.0, apart=False):
         self.apart, shapes = apart, {}
         for p in params:
@@ -569,7 +569,7 @@ class Muon(torch.optim.Optimizer):
             thirds = self.apart and rows == 3 * columns         # which are square
             g = torch.stack(ahead).view(-1, columns if thirds else rows, columns)
             updates = orthogonal(g).reshape(-1, rows, columns)
-            size = 0.2 * math.sqrt(max(rows, columns))          # mean square as AdamW's
+            size = 0.2 * math.sqrt(max(rows, columns))          # mean square as AdamW's, of thirds 3x
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-lr * size)
 
