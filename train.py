@@ -546,8 +546,8 @@ class AdamW(torch.optim.Optimizer):
 class Muon(torch.optim.Optimizer):
     """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024),
     as large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape
-    go together, in half of torch.optim.Muon's time. apart: matrices of (3C, C), as c_attn, by
-    thirds; else the values, whose gradients are the largest, take the others' share."""
+    go together, in half of torch.optim.Muon's time. With apart, the thirds of c_attn's (3C, C) go
+    alone; else the values, whose gradients are the largest, get nearly all of the update."""
     def __init__(self, params, lr, momentum, weight_decay=0.0, apart=False):
         self.apart, shapes = apart, {}
         for p in params:
@@ -561,15 +561,17 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            lr, beta, (rows, columns) = group["lr"], group["momentum"], params[0].shape
+            lr, beta = group["lr"], group["momentum"]
+            rows, columns = params[0].shape
             means = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
             grads = [p.grad for p in params]
             torch._foreach_lerp_(means, grads, 1 - beta)        # each beta m + (1 - beta) g
             ahead = torch._foreach_lerp(grads, means, beta)     # Nesterov's: one step ahead
-            thirds = self.apart and rows == 3 * columns         # which are square
-            g = torch.stack(ahead).view(-1, columns if thirds else rows, columns)
+            g = torch.stack(ahead)                              # (N, rows, columns)
+            if self.apart and rows == 3 * columns:
+                g = g.view(-1, columns, columns)                # queries, keys, values
             updates = orthogonal(g).reshape(-1, rows, columns)
-            size = 0.2 * math.sqrt(max(rows, columns))          # mean square as AdamW's, of thirds 3x
+            size = 0.2 * math.sqrt(max(rows, columns))          # mean square as AdamW's, or 3x
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-lr * size)
 

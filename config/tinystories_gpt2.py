@@ -23,7 +23,7 @@ scale_embedding = True  # else positions hide the tokens
 norm = "post"
 dropout = 0.0  # few stories are read twice
 
-optimizer = "muon_qkv"
+optimizer = "muon"
 batch_size = 16
 learning_rate = 4e-3
 momentum = 0.9
