@@ -74,7 +74,7 @@ attn_dropout = True          # of the attention weights, too; False is faster on
 label_smoothing = 0.0        # in the training loss, never in evaluation
 layerdrop = 0.0              # chance to skip a block in training
 # Optimizer
-optimizer = "adamw"          # adamw, adamw_scratch (written out below), muon or muon_qkv
+optimizer = "adamw"          # adamw, adamw_scratch (written out below) or muon
 learning_rate = 1e-3
 weight_decay = 0.1           # on matrices only
 beta1 = 0.9
@@ -236,13 +236,13 @@ def main(cleanup):
     if rank == 0:
         open_run(run_dir, first)
     signals, stopped_by = cleanup.enter_context(catch_signals()), 0
-    began = time.time() - progress["seconds"]  # as if the run had never been interrupted
+    began = time.perf_counter() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
         log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, guesses)
-        each_evaluation = time.time() - began
+        each_evaluation = time.perf_counter() - began
     intervals = (log_interval or 10, evaluate_every, save_interval, sample_interval,
                  snapshot_interval)
-    last_sync, clock = first, time.time()
+    last_sync, clock = first, time.perf_counter()
     stepping = 0.0  # seconds, in steps alone
 
     for step in itertools.count(first) if steps > first else ():
@@ -298,7 +298,7 @@ def main(cleanup):
         # What all processes must know of each: the loss, and who has received which signal.
         loss, *stops = summed(device, loss.item(), *(number in signals for number in SIGNALS))
         require_finite(done, loss=loss, gradient=0.0 if overflow else grad_norm)
-        now = time.time()
+        now = time.perf_counter()
         step_time = (now - clock) / (done - last_sync)  # seconds
         stepping += now - clock
         if max_minutes and not progress["steps"]:
@@ -330,7 +330,7 @@ def main(cleanup):
         if names or leaving or "val" in row or every(save_interval, done):
             require_finite(done, val=row.get("val", 0.0),
                            weights=nn.utils.get_total_norm(parameters).item())
-            progress |= {"step": done, "seconds": time.time() - began}
+            progress |= {"step": done, "seconds": time.perf_counter() - began}
             names.append("last.pt")  # after best.pt, on which its progress counts
             for name in names if rank == 0 else ():
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
@@ -338,7 +338,7 @@ def main(cleanup):
                                 states=[part.state_dict() for part in stateful])
         if leaving:
             break
-        last_sync, clock = done, time.time()
+        last_sync, clock = done, time.perf_counter()
     if profiler:
         profiler.stop()
 
@@ -546,10 +546,10 @@ class AdamW(torch.optim.Optimizer):
 class Muon(torch.optim.Optimizer):
     """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024),
     as large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape
-    go together, in half of torch.optim.Muon's time. With apart, the thirds of c_attn's (3C, C) go
-    alone; else the values, whose gradients are the largest, get nearly all of the update."""
-    def __init__(self, params, lr, momentum, weight_decay=0.0, apart=False):
-        self.apart, shapes = apart, {}
+    go together, in half of torch.optim.Muon's time. Of c_attn's (3C, C) each third goes alone,
+    or the values, whose gradients are the largest, would get nearly all of the update."""
+    def __init__(self, params, lr, momentum, weight_decay=0.0):
+        shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         super().__init__([{"params": group} for group in shapes.values()],
@@ -568,10 +568,10 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 1 - beta)        # each beta m + (1 - beta) g
             ahead = torch._foreach_lerp(grads, means, beta)     # Nesterov's: one step ahead
             g = torch.stack(ahead)                              # (N, rows, columns)
-            if self.apart and rows == 3 * columns:
+            if rows == 3 * columns:
                 g = g.view(-1, columns, columns)                # queries, keys, values
+            size = 0.2 * math.sqrt(max(g.shape[1:]))            # mean square as AdamW's
             updates = orthogonal(g).reshape(-1, rows, columns)
-            size = 0.2 * math.sqrt(max(rows, columns))          # mean square as AdamW's, or 3x
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-lr * size)
 
@@ -595,7 +595,6 @@ OPTIMIZERS = {  # name: (for all parameters, None), or (for most, for matrices o
     "adamw": (partial(torch.optim.AdamW, fused=True), None),
     "adamw_scratch": (AdamW, None),
     "muon": (partial(torch.optim.AdamW, fused=True), Muon),
-    "muon_qkv": (partial(torch.optim.AdamW, fused=True), partial(Muon, apart=True)),
 }
 SCHEDULES = {"cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part)),
              "linear": lambda part: 1 - part}  # from 1 to 0
@@ -902,12 +901,12 @@ def time_a_step(add_gradients, rows, val, device):
     """Seconds of a step and of an evaluation, by the second of two micro-steps on a batch. An
     evaluation goes forward alone, which is a third of the work, over val and as much of train."""
     for _ in range(2):
-        began = time.time()
+        began = time.perf_counter()
         x, y = read_rows(rows, row_spans(rows, 0, 0), device)
         add_gradients(x, y, 1.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        micro = (time.time() - began) / world_size
+        micro = (time.perf_counter() - began) / world_size
     batches = 2 * (eval_iters or val.number / batch_size)
     share = len(val.tokens) / (val.number * block_size)  # of a row, the rest is padding
     return micro * gradient_accumulation_steps, micro / 3 * batches * share

@@ -2,9 +2,8 @@
 published run of 1.1 million tokens. --qkv_bias=True makes it OpenAI's 124,439,808.
 
 Data: python prepare_tinystories.py config/gpt2_124m.py
-Result: val loss 3.9244, on windows of 1,024 tokens, after 1.1 million tokens of 11,953 stories,
-in 36 min of two EPYC cores. On one H100, with --batch_size=32 --vocab_multiple=64 --bias=False, a
-step of 32,768 tokens took 66 ms.
+Result: val loss 3.4696 after 1.1 million tokens of 11,953 stories, in 71 s of an H100 that trained
+five others at once; two EPYC cores expect 56 min. AdamW with a rate of 1e-3 ends at 3.8995.
 """
 
 out_dir = "out/gpt2_124m"
@@ -23,7 +22,8 @@ dropout = 0.0  # no token is read twice
 
 # 1.1 million tokens are few: the smallest batch that keeps two cores busy makes the most steps.
 batch_size = 2
-learning_rate = 1e-3
+optimizer = "muon"
+learning_rate = 2e-3
 beta2 = 0.95
 warmup_iters = 40
 lr_schedule = "linear"

@@ -17,7 +17,7 @@ activation = "relu"
 dropout = 0.0
 
 # Muon gets further in a minute than AdamW, though its step takes longer, and likes large batches.
-optimizer = "muon_qkv"
+optimizer = "muon"
 batch_size = 48
 learning_rate = 8e-3
 beta2 = 0.95

@@ -2,7 +2,7 @@
 positions, 44,645,888 parameters. The training is ours, for an hour of two cores.
 
 Data: python prepare_tinystories.py config/tinystories_gpt2.py
-Result: test perplexity 10.29 with 11,953 stories' first 256 tokens, after 50 min of two EPYC cores.
+Result: test perplexity 10.16 with 11,953 stories, in 96 s of an H100 that trained nine others at once.
 """
 
 out_dir = "out/tinystories_gpt2"

@@ -134,7 +134,7 @@ def dtype():
 
 
 def attention_kernels():
-    def kernel(q, k, v, dropout):
+    def kernel(q, k, v, dropout, mask):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout.p, is_causal=True)
 
     for layers, heads, width, context, rows in ((4, 4, 128, 64, 24), (2, 8, 256, 128, 32),
@@ -635,13 +635,14 @@ THEIRS = ["--compile=False", "--batch_size=12", "--gradient_accumulation_steps=1
           "--max_iters=2000", "--lr_decay_iters=2000", "--warmup_iters=100", "--learning_rate=1e-3",
           "--min_lr=1e-4", "--beta2=0.99", "--eval_interval=250", "--eval_iters=20",
           "--always_save_checkpoint=False"]
-OURS = ["--optimizer=muon_qkv", "--activation=relu", "--batch_size=32", "--beta1=0.85",
-        "--beta2=0.95", "--lr_schedule=linear", "--min_lr=0.0",
-        "--eval_interval=0", "--eval_iters=8",  # of 32 rows, theirs 20 of 12
-        "--log_interval=1", "--plot=False", "--overwrite=True"]
+OURS = ["--optimizer=muon", "--activation=relu", "--beta1=0.85", "--beta2=0.95",
+        "--lr_schedule=linear", "--min_lr=0.0", "--eval_interval=0", "--eval_iters=1",
+        "--plot=False", "--overwrite=True"]
 # To a loss as good as theirs, and the best in as much time:
-SHORT = ["--learning_rate=1.8e-2", "--momentum=0.8", "--weight_decay=0.0", "--warmup_iters=5"]
-LONG = ["--learning_rate=8e-3", "--momentum=0.9", "--weight_decay=0.2", "--warmup_iters=50"]
+SHORT = ["--learning_rate=2.8e-2", "--momentum=0.8", "--weight_decay=0.0", "--warmup_iters=5",
+         "--batch_size=32", "--max_iters=190"]
+LONG = ["--learning_rate=1e-2", "--momentum=0.85", "--weight_decay=0.2", "--warmup_iters=50",
+        "--batch_size=40"]
 
 
 def prepare_race(folder, nanogpt, data, seed=1337):
@@ -697,14 +698,11 @@ def speedrun(nanogpt, data, seeds="3"):
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             return time.perf_counter() - began
 
-        def ours(steps, recipe, seed):
-            took = seconds(repo / "train.py", *OURS, *recipe, f"--max_iters={steps}",
-                           f"--seed={seed}")
-            run = Path(folder, "out/shakespeare_char")
-            with open(run / "metrics.csv") as file:
-                times = [float(row["ms"]) for row in csv.DictReader(file) if row["ms"]]
-            model = load_checkpoint(run / "last.pt")["model"].eval()
-            return took, script.evaluate(model, rows)[0], statistics.median(times) / 1000
+        def ours(*recipe):
+            took = seconds(repo / "train.py", *OURS, *recipe, f"--seed={seed}")
+            saved = load_checkpoint(Path(folder, "out/shakespeare_char/last.pt"))
+            loss = script.evaluate(saved["model"].eval(), rows)[0]
+            return took, loss, saved["progress"]
 
         for seed in range(1, int(seeds) + 1):
             prepare_race(folder, nanogpt, data, seed)
@@ -713,13 +711,13 @@ def speedrun(nanogpt, data, seeds="3"):
             model = peer.GPT(peer.GPTConfig(**saved["model_args"])).eval()
             model.load_state_dict(saved["model"])
             their_loss = script.evaluate(lambda x, y: model(x, y.contiguous()), rows)[0]
-            short, short_loss, each = ours(180, SHORT, seed)
-            steps = int(0.95 * (theirs - (short - 180 * each)) / each)
-            long, long_loss, _ = ours(steps, LONG, seed)
+            short, short_loss, run = ours(*SHORT)
+            minutes = (0.99 * theirs - (short - run["seconds"])) / 60  # Python's start is no step
+            long, long_loss, run = ours(*LONG, f"--max_minutes={minutes}")
             found.append((theirs / short, their_loss, short_loss, long_loss))
             print(f"seed {seed}: nanoGPT 2000 steps {theirs:5.1f} s val {their_loss:.4f}   "
-                  f"ours 180 steps {short:5.1f} s val {short_loss:.4f}  x{theirs / short:.2f}   "
-                  f"{steps} steps {long:5.1f} s val {long_loss:.4f}", flush=True)
+                  f"ours {short:5.1f} s val {short_loss:.4f}  x{theirs / short:.2f}   "
+                  f"{run['step']} steps {long:5.1f} s val {long_loss:.4f}", flush=True)
     print("medians: x{:.2f}, val {:.4f}, {:.4f} and {:.4f}".format(
         *map(statistics.median, zip(*found))))
 
