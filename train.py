@@ -546,8 +546,8 @@ class AdamW(torch.optim.Optimizer):
 class Muon(torch.optim.Optimizer):
     """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024),
     as large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape
-    go together, in half of torch.optim.Muon's time. Of c_attn's (3C, C) each third goes alone,
-    or the values, whose gradients are the largest, would get nearly all of the update."""
+    go together, in half of torch.optim.Muon's time. c_attn holds three: queries, keys and values
+    go apart, as together the values, whose gradients are the largest, take most of the update."""
     def __init__(self, params, lr, momentum, weight_decay=0.0):
         shapes = {}
         for p in params:
@@ -562,16 +562,16 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             lr, beta = group["lr"], group["momentum"]
-            rows, columns = params[0].shape
+            rows, columns = shape = params[0].shape
+            if rows == 3 * columns:
+                rows = columns                                  # c_attn's queries, keys, values
             means = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
             grads = [p.grad for p in params]
             torch._foreach_lerp_(means, grads, 1 - beta)        # each beta m + (1 - beta) g
             ahead = torch._foreach_lerp(grads, means, beta)     # Nesterov's: one step ahead
-            g = torch.stack(ahead)                              # (N, rows, columns)
-            if rows == 3 * columns:
-                g = g.view(-1, columns, columns)                # queries, keys, values
-            size = 0.2 * math.sqrt(max(g.shape[1:]))            # mean square as AdamW's
-            updates = orthogonal(g).reshape(-1, rows, columns)
+            g = torch.stack(ahead).view(-1, rows, columns)      # (N, rows, columns)
+            updates = orthogonal(g).reshape(-1, *shape)
+            size = 0.2 * math.sqrt(max(rows, columns))          # root mean square as AdamW's, 0.2
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-lr * size)
 

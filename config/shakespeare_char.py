@@ -1,8 +1,8 @@
 """Characters of Tiny Shakespeare in the sizes of nanoGPT's GPU run: 10,770,816 parameters.
 
 Data: python prepare_shakespeare.py
-Result: val loss 1.4094 after 6.1 million tokens, in 128 s of an H100 that trained nine others at
-once; nanoGPT states 1.4697 after 82 million.
+Result: val loss 1.4094 after 6.1 million tokens, in 128 s of an H100 shared with nine such runs;
+nanoGPT states 1.4697 after 82 million.
 """
 
 out_dir = "out/shakespeare_char"

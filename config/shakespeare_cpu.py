@@ -1,7 +1,7 @@
 """Characters of Tiny Shakespeare, the best that two CPU cores do in a minute: 417,408 parameters.
 
 Data: python prepare_shakespeare.py
-Result: val loss 1.5506 after 56 s of two Xeon cores with AMX.
+Result: val loss 1.5545 after 72 s of two EPYC cores.
 """
 
 out_dir = "out/shakespeare_cpu"

@@ -2,7 +2,7 @@
 
 Data: python prepare_tinystories.py config/tinystories_bpe.py
 Result: with --source=FILE of 11,953 stories, which are read four times, and --val_source=FILE of
-6,456 others, 0.6892 bits per character of those, after 14 min of two Xeon cores with AMX.
+6,456 others, 0.6914 bits per character of those, after 19 min of two EPYC cores.
 """
 
 out_dir = "out/tinystories_bpe"

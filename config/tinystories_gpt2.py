@@ -2,7 +2,7 @@
 positions, 44,645,888 parameters. The training is ours, for an hour of two cores.
 
 Data: python prepare_tinystories.py config/tinystories_gpt2.py
-Result: test perplexity 10.16 with 11,953 stories, in 96 s of an H100 that trained nine others at once.
+Result: test perplexity 10.16 with 11,953 stories, in 96 s of an H100 shared with nine such runs.
 """
 
 out_dir = "out/tinystories_gpt2"

@@ -413,13 +413,13 @@ def test_adamw_from_first_principles_is_torchs():
 
 
 def test_muon_is_torchs():
-    """torch's Muon is the oracle, with the scale that makes an update as large as AdamW's; for it
-    the queries', keys' and values' parts of (3C, C) are matrices of their own."""
+    """torch's Muon is the oracle, with the scale that makes an update as large as AdamW's. For
+    torch, queries, keys and values are three matrices."""
     def parts(p):
         return p.split(16) if p.shape == (48, 16) else (p,)
 
     torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in [(16, 64), (48, 16), (64, 16), (48, 16), (16, 16)]]
+    start = [torch.randn(shape) for shape in [(16, 64), (48, 16), (64, 16), (16, 16), (48, 16)]]
     ours = [p.clone().requires_grad_() for p in start]
     theirs = [[part.clone().requires_grad_() for part in parts(p)] for p in start]
     optimizers = (script.Muon(ours, 0.02, 0.9, 0.1),
@@ -435,7 +435,7 @@ def test_muon_is_torchs():
     for a, b, c in zip(ours[:4], theirs, start):
         assert (a - torch.cat(b)).abs().max() < 2e-3  # bfloat16 inside
         assert (a - c).abs().max() > 0.02
-    assert torch.equal(ours[4], start[4])
+    assert torch.equal(ours[-1], start[-1])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_scratch", "muon"])
