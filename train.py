@@ -546,7 +546,7 @@ class AdamW(torch.optim.Optimizer):
 class Muon(torch.optim.Optimizer):
     """Steps along the momentum, its singular values all set to about 1 (Jordan et al. 2024),
     as large as AdamW's (Liu et al. 2025): one learning rate serves both. Matrices of one shape
-    go together, in half of torch.optim.Muon's time. c_attn holds three: queries, keys and values
+    go together, in 0.6 of torch.optim.Muon's time. c_attn holds three: queries, keys and values
     go apart, as together the values, whose gradients are the largest, take most of the update."""
     def __init__(self, params, lr, momentum, weight_decay=0.0):
         shapes = {}
