@@ -20,7 +20,7 @@ block_size = 1024
 qkv_bias = False
 dropout = 0.0  # no token is read twice
 
-# 1.1 million tokens are few: a small batch makes many steps, though Muon's part costs as much.
+# 1.1 million tokens are few: a small batch makes many steps, though each pays for all of Muon.
 batch_size = 2
 optimizer = "muon"
 learning_rate = 2e-3
