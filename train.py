@@ -154,7 +154,7 @@ def main(cleanup):
     # ---- the model: of a run, new, or with the weights of others ----
     # With weights and moments, all that a resumed run needs: batches and dropout follow from step.
     progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, best_train=math.nan,
-                    best_accuracy=math.nan, stale=0, skipped=0, steps=0)  # steps of max_minutes
+                    best_accuracy=math.nan, stale=0, skipped=0)
     source, states, saved = init_from, [], {}
     if init_from == "resume":
         source = run_file(run_dir, checkpoint or ("best.pt" if eval_only else "last.pt"))
@@ -218,9 +218,8 @@ def main(cleanup):
     each_step, each_evaluation = time_a_step(add_gradients, rows, data["val"], device)
     raw.zero_grad(set_to_none=not graphed)
     if max_minutes:
-        left = 60 * max_minutes - progress["seconds"] - each_evaluation
-        fit, = summed(device, first + steps_in(left, each_step, each_evaluation, evaluate_every))
-        steps = progress["steps"] or round(fit / world_size)  # the same in all processes
+        left = 60 * max_minutes - progress["seconds"] - each_evaluation * (first == 0)
+        steps = max(1, first + steps_in(left, each_step, each_evaluation, evaluate_every, device))
     require(first < steps or not first, f"{source} has {first} steps, raise --max_iters, "
             "--max_epochs or --max_minutes")
     require(not profile or steps - first >= 3 + profile,
@@ -301,18 +300,17 @@ def main(cleanup):
         now = time.perf_counter()
         step_time = (now - clock) / (done - last_sync)  # seconds
         stepping += now - clock
-        if max_minutes and not progress["steps"]:
-            late, fit = summed(device, now - began > 6 * max_minutes, done + steps_in(
-                60 * max_minutes - (now - began), stepping / (done - first), each_evaluation,
-                evaluate_every))
-            if late:  # a tenth of the time has gone: what fits into the rest decides the schedule
-                steps = progress["steps"] = round(fit / world_size)
+        if max_minutes:  # count again what fits into the rest: the schedule ends with the time
+            left = 60 * max_minutes - (now - began) - each_evaluation * every(evaluate_every, done)
+            steps = done + steps_in(left, stepping / (done - first), each_evaluation,
+                                    evaluate_every, device)
         row = {"step": done, "loss": loss, "lr": lr, "norm": grad_norm,
                "ms": 1000 * step_time, "tok/s": step_rows * block_size / step_time,
                "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints that are due
         if every(evaluate_every, done) or done >= steps:
             row |= losses(raw, autocast, data, device)
+            each_evaluation = time.perf_counter() - now
             progress["stale"] += 1
             if row["val"] < progress["best_loss"]:
                 progress |= {"best_step": done, "stale": 0, "best_loss": row["val"],
@@ -677,9 +675,8 @@ def load_model(path, tokenizer, device, **changes):
 def training_state(saved, path, progress, checksums):
     """(progress, optimizers' states) of a checkpoint, if its settings and data are this run's."""
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
-        kept = {"steps": 0, "best_train": math.nan, "best_accuracy": math.nan} | saved["progress"]
+        kept = {"best_train": math.nan, "best_accuracy": math.nan} | saved["progress"]
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
-        progress["steps"] *= saved["settings"].get("max_minutes") == max_minutes  # else fixed anew
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
         anew = f"or begin with its weights: --init_from={path} and another --out_dir"
@@ -917,10 +914,12 @@ def time_a_step(add_gradients, rows, val, device):
     share = len(val.tokens) / (val.number * block_size)  # of a row, the rest is padding
     return micro * gradient_accumulation_steps, micro / 3 * batches * share
 
-def steps_in(seconds, each_step, each_evaluation, evaluate_every):
-    """How many steps fit, with their evaluations and that of the last."""
+def steps_in(seconds, each_step, each_evaluation, evaluate_every, device):
+    """How many steps fit, with their evaluations and that of the last: the same in all processes,
+    whose times differ."""
     each = each_step + (each_evaluation / evaluate_every if evaluate_every else 0)
-    return max(1, int((seconds - each_evaluation) / each))
+    fit, = summed(device, max(0.0, (seconds - each_evaluation) / each))
+    return int(fit / world_size)
 
 def choose_dtype(raw, saved, device):
     """The torch.dtype of products. auto is a resumed run's own; else on a GPU bfloat16 or float16,

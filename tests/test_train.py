@@ -874,37 +874,27 @@ def test_story_rows_need_ends_of_stories(train):
 
 # ---- time and memory ----
 
-def test_minutes_end_a_run_and_fix_its_steps(train, monkeypatch):
+@pytest.mark.parametrize("first, then", [(0.9, 0.9), (2.0, 0.5), (0.5, 2.0)])
+def test_the_schedule_of_minutes_ends_with_them_however_fast_the_machine(
+        train, monkeypatch, first, then):
     """By a clock that a micro-step and an evaluation put on: the steps that fit can be counted."""
-    clock = [1000.0]
+    clock, micro_steps = [1000.0], iter([first] * 10)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     real = GPT.forward
 
     def slow(self, *given):
-        clock[0] += 0.9 if self.training else 0.25
+        clock[0] += next(micro_steps, then) if self.training else 0.25
         return real(self, *given)
     monkeypatch.setattr(GPT, "forward", slow)
     options = ["--max_minutes=1", "--eval_interval=10", "--eval_iters=2", "--max_iters=1"]
     assert train(*options).status == 0
     rows = metrics()
-    assert 54 <= float(rows[-1]["elapsed"]) <= 66 and rows[-1]["val"]
-    assert float(rows[-1]["lr"]) < float(rows[9]["lr"])  # the schedule ends with the time
-    progress = load_checkpoint("out/tiny/last.pt")["progress"]
-    assert progress["steps"] == progress["step"] == len(rows) - 1 > 40
+    assert 54 <= float(rows[-1]["elapsed"]) <= 60 and rows[-1]["val"]
+    rates = [float(row["lr"]) for row in rows[1:]]
+    assert min(rates) == rates[-1] < 0.2 * max(rates)
     one_sentence(train(*options, "--init_from=resume"), 2, "--max_minutes")
-
-
-def test_a_resumed_run_of_minutes_takes_the_steps_it_had_fixed(train):
-    train("--max_iters=3", "--lr_decay_iters=6")
-    saved = torch.load("out/tiny/last.pt", weights_only=True)
-    saved["progress"]["steps"], saved["settings"]["max_minutes"] = 5, 9.0
-    torch.save(saved, "out/tiny/last.pt")
-    assert train("--init_from=resume", "--lr_decay_iters=6", "--max_minutes=9").status == 0
-    assert len(metrics()) == 6
-    one_sentence(train("--init_from=resume", "--lr_decay_iters=6", "--max_minutes=9"), 2,
-                 "has 5 steps", "--max_minutes")
-    assert train("--init_from=resume", "--lr_decay_iters=6", "--max_minutes=0.01").status == 0
-    assert len(metrics()) > 6
+    assert train("--max_minutes=2", *options[1:], "--init_from=resume").status == 0
+    assert 114 <= float(metrics()[-1]["elapsed"]) <= 120
 
 
 def test_a_run_says_what_it_will_take_and_what_cannot_fit_is_refused(train):
