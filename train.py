@@ -672,6 +672,8 @@ def load_model(path, tokenizer, device, **changes):
             f"with --tokenizer={spec['kind'] if spec['kind'] in ('byte', 'gpt2') else path}", 1)
     return saved
 
+BEGIN_ANEW = "begin with its weights: --init_from={} and another --out_dir"
+
 def training_state(saved, path, progress, checksums):
     """(progress, optimizers' states) of a checkpoint, if its settings and data are this run's."""
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
@@ -679,7 +681,7 @@ def training_state(saved, path, progress, checksums):
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
                    if name not in FREE_ON_RESUME and settings.get(name) != value]
-        anew = f"or begin with its weights: --init_from={path} and another --out_dir"
+        anew = "or " + BEGIN_ANEW.format(path)
         require(not changed, f"{path} was trained with {' '.join(changed)}, resume it with "
                 f"the same {anew}")
         require(checksums | saved.get("checksums", {}) == checksums, f"{path} was trained on "
@@ -688,8 +690,8 @@ def training_state(saved, path, progress, checksums):
 
 def restore(stateful, states, path):
     """Puts the optimizers and the scaler into their saved states."""
-    anew = f"begin with its weights: --init_from={path} and another --out_dir"
-    with stop_on_error(), reading(path, f", it holds no state of this run's optimizer, {anew}"):
+    advice = ", it holds no state of this run's optimizer, " + BEGIN_ANEW.format(path)
+    with stop_on_error(), reading(path, advice):
         for part, state in zip(stateful, states, strict=True):
             if state:  # a scaler has one in float16 only
                 part.load_state_dict(state)
