@@ -501,12 +501,19 @@ def build(config, weights, spec, **changes):
     weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
     if config.tied:
         weights["lm_head.weight"] = weights["wte.weight"]
-    with torch.device("meta"):  # takes no memory
+    with torch.device("meta"), Unfilled():  # takes no memory
         model = GPT(config)
     model.load_state_dict(weights, assign=True)  # a copy would take the memory twice
     if config.tied:
         model.lm_head.weight = model.wte.weight  # assign has made them two
     return model.eval(), tokenizer
+
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """Leaves weights as they are, which nn.init would fill: without memory there is nothing to
+    fill, but torch would take a second to import torch.compile's modules for it."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
 
 def read_pt(path):
     """(GPTConfig, weights, tokenizer's spec, all it holds) of a checkpoint, ours or nanoGPT's.

@@ -27,8 +27,8 @@ from torch import nn
 
 from config import at_least, configure, one_of, require, stop_on_error
 from model import (ACTIVATION_NAMES, ASSUMED, EOT, GPT, LETTERS, PRETRAINED, PRODUCTS, TRANSPOSED,
-                   BPETokenizer, KVCache, atomic_write, check_finite, encode_prompt, fastest,
-                   filter_logits, load_checkpoint, next_logits, pick_device, pick_dtype,
+                   BPETokenizer, KVCache, Unfilled, atomic_write, check_finite, encode_prompt,
+                   fastest, filter_logits, load_checkpoint, next_logits, pick_device, pick_dtype,
                    run_file, stream, tried, unescape, use_product)
 
 # Model
@@ -370,7 +370,7 @@ def write_pretrained(model, tokenizer, folder):
     c = model.config
     if c.norm != "pre" or c.positions != "learned":
         raise ValueError("transformers' GPT-2 has neither norm=post nor positions=sinusoidal")
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = GPT(replace(c, bias=True, qkv_bias=True)).state_dict()
     activation = next(name for name, ours in ACTIVATION_NAMES.items() if ours == c.activation)
     ours, weights = model.state_dict(), {}

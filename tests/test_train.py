@@ -8,6 +8,8 @@ import math
 import os
 import pickle
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from functools import partial
@@ -692,6 +694,32 @@ def test_one_compiled_graph_serves_all_blocks_in_training_alone(train, monkeypat
         torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward))
     assert train(*options, "--compile=true").status == 0
     assert len(graphs) == 1 and same(weights(), plain)
+
+
+COMPILES_NOTHING = """
+import contextlib, runpy, sys
+sys.path.insert(0, {repo!r})
+
+def run(script, *arguments):
+    sys.argv = [script, *arguments]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path({repo!r} + "/" + script, run_name="__main__")
+    assert "torch._dynamo" not in sys.modules, sys.argv
+
+for optimizer in ("adamw_scratch", "adamw", "muon"):
+    settings = [*{tiny}, "--optimizer=" + optimizer, "--gradient_accumulation_steps=2"]
+    run("train.py", *settings)
+    run("train.py", *settings, "--init_from=resume", "--max_iters=9", "--sample_interval=3")
+run("sample.py", "--out_dir=out/tiny", "--max_new_tokens=3", "--device=cpu")
+"""
+
+
+def test_what_compiles_nothing_does_not_import_the_compiler(verse):
+    """It takes a second to import, which each start would wait for."""
+    code = COMPILES_NOTHING.format(repo=str(REPO), tiny=TINY)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("9 steps in") == 3
 
 
 def test_where_torch_compile_fails_the_run_goes_on_and_says_so(train, monkeypatch):
