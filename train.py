@@ -225,7 +225,8 @@ def main(cleanup):
     require(first < steps or not first, f"{source} has {first} steps, raise --max_iters, "
             "--max_epochs or --max_minutes")
     require(not profile or steps - first >= 3 + profile,
-            f"--profile={profile} needs {3 + profile} steps, raise --max_iters or --max_epochs")
+            f"--profile={profile} needs {3 + profile} steps, raise --max_iters, "
+            "--max_epochs or --max_minutes")
     print(f"{optimizer} on {device} in {str(amp)[6:]}: {steps:,} steps of "
           f"{step_rows * block_size:,} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
           + f", {world_size} processes" * (world_size > 1))

@@ -101,6 +101,14 @@ def moments(path):
     return found
 
 
+def test_two_processes_agree_when_the_minutes_are_over(verse):
+    """Each has a clock of its own; were one to stop alone, the other would wait for it."""
+    runs = start("--max_minutes=0.03", "--gradient_accumulation_steps=2", processes=2)
+    assert [status for status, _ in finish(runs)] == [0, 0]
+    last = metrics()[-1]
+    assert int(last["step"]) > 6 and last["val"] and float(last["lr"]) < 2e-4
+
+
 def test_the_batches_of_a_step_must_be_shared_evenly(train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     one_sentence(train("--gradient_accumulation_steps=3"), 2, "a multiple of the 2 processes")
