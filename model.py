@@ -54,7 +54,7 @@ class GPTConfig:
     positions: str = "learned"     # or sinusoidal
     scale_embedding: bool = False  # token embeddings * sqrt(n_embd), for sinusoidal positions
     activation: str = "gelu"       # GPT-2's tanh form, gelu_erf (the exact one) or relu
-    norm: str = "pre"              # LayerNorm before each sublayer, or post: after its sum
+    norm: str = "pre"              # LayerNorm before attention and MLP, or post: after their sums
     tied: bool = True              # the output layer shares the token embedding's matrix
     fused: bool = True             # torch's fused kernels; False: the formulas below
     label_smoothing: float = 0.0   # in the training loss, never in evaluation
@@ -85,7 +85,7 @@ def attention_weights(q, k, mask=None):
     """softmax(Q K^T / sqrt(D) + mask): how much each of T tokens, the last of S, looks at each
     of S (Vaswani et al. 2017). (B, H, T, D) and (B, H, S, D) -> (B, H, T, S)."""
     mask = causal_mask(q, k) if mask is None else mask
-    return (q @ k.mT / math.sqrt(q.shape[3]) + mask).softmax(dim=-1)  # sqrt(D): to variance 1
+    return (q @ k.mT / math.sqrt(q.shape[3]) + mask).softmax(dim=-1)  # a sum of D products grows so
 
 def attention(q, k, v, dropout=nn.Identity(), mask=None):
     """softmax(Q K^T / sqrt(D) + mask) V: for each token a mean of the values, by its weights.
@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.attn_dropout = Dropout(config.dropout * config.attn_dropout)  # of weights (T, S)
-        self.resid_dropout = Dropout(config.dropout)         # of what the residual stream gets
+        self.resid_dropout = Dropout(config.dropout)         # of c_proj's output
         self.n_head, self.layer = config.n_head, layer
         self.attention = fused_attention if config.fused else attention
 
@@ -244,9 +244,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Matrices are normal with std 0.02; the 2 n_layer c_proj, whose outputs the residual
-        stream adds up, with 0.02 / sqrt(2 n_layer); biases 0; LayerNorm's weights 1; sinusoids
-        fixed. An untrained loss is then about ln(vocab_size) + 0.0002 n_embd; of a tied model
-        with scaled embeddings more, as it repeats the last token."""
+        stream adds up, with 0.02 / sqrt(2 n_layer); biases 0; sinusoids fixed. An untrained loss
+        is then about ln(vocab_size) + 0.0002 n_embd; more of a tied model with scaled embeddings,
+        or post-norm and learned positions: it repeats the last token."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -272,7 +272,7 @@ class GPT(nn.Module):
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, **options):
         """(B, T) ids -> these and up to max_new_tokens more, by stream(); eval() first."""
-        options |= {"temperature": temperature, "top_k": top_k or 0}
+        options |= {"temperature": temperature, "top_k": top_k}
         return torch.cat((ids, *stream(self, ids, max_new_tokens, **options)), dim=1)
 
 # ---- writing text ----
@@ -280,14 +280,14 @@ class GPT(nn.Module):
 class KVCache:
     """The keys and values of the tokens a model has read, so that it reads each new one alone:
     (2, B, H, block_size, D) for each layer, of the type and on the device of like."""
-    mask = None    # where it is not, it replaces the causal one
-    graphs = True  # may be recorded, on a GPU
+    mask = None    # or one to use instead of causal_mask()
+    graphs = True  # use a CudaGraph on a GPU, as token_reader() does
     def __init__(self, config, rows, like):
         shape = 2, rows, config.n_head, config.block_size, config.n_embd // config.n_head
         self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
         self.length = 0  # tokens in it; GPT.hidden() adds those all layers have got
         self.first = 0   # where in the text the first of them stands
-        self.graph = None  # what reads one more on a GPU
+        self.graph = None  # that CudaGraph, once recorded
 
     def places(self, T):
         """(T,): where in the context the next T tokens go."""
@@ -304,7 +304,7 @@ class KVCache:
 @torch.inference_mode()
 def next_logits(model, ids, cache, read_token=None):
     """(B, T) ids -> (B, V) float logits of the token after them. Reads what the cache lacks of
-    ids: after the first call one token, by read_token (a compiled model.hidden), if given."""
+    ids: mostly one token, by read_token (a compiled model.hidden), if given."""
     T, block_size = ids.shape[1], model.config.block_size
     if T - cache.first > block_size:
         # The text has outgrown the context: read its last block_size tokens. In a stream (the
@@ -319,7 +319,7 @@ def next_logits(model, ids, cache, read_token=None):
     return model.lm_head(states[:, -1]).float()
 
 def check_finite(logits):
-    """Raises ValueError unless the logits are finite."""
+    """Raises ValueError where a logit is NaN or the largest infinite."""
     check(logits.amax().isfinite(), "the model's logits are not finite, try --dtype=float32")
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ grad_clip = 1.0              # largest gradient norm; 0: no clipping
 warmup_iters = 100           # steps of linear warm-up
 decay_lr = True              # False: learning_rate stays as it is after the warm-up
 lr_schedule = "cosine"       # shape of the decay: cosine or linear
-lr_decay_iters = 0           # step at which min_lr is reached; 0: the last
+lr_decay_iters = 0           # steps after which min_lr is reached; 0: all
 min_lr = 1e-4
 # Evaluation and log
 eval_interval = 250          # steps; 0: only at the end
@@ -153,7 +153,7 @@ def main(cleanup):
         prompt = (encode_prompt(tokenizer, unescape(start), document_rows)
                   if sample_interval else None)
 
-    # ---- the model: of a run, new, or with the weights of others ----
+    # ---- the model, raw: of a run, new, or with the weights of others ----
     # With weights and moments, all that a resumed run needs: batches and dropout follow from step.
     progress = dict(step=0, seconds=0.0, best_step=0, best_loss=math.inf, best_train=math.nan,
                     best_accuracy=math.nan, stale=0, skipped=0)
@@ -247,7 +247,7 @@ def main(cleanup):
     last_sync, clock = first, time.perf_counter()
     stepping = 0.0  # seconds, in steps alone
 
-    for step in itertools.count(first) if steps > first else ():
+    for step in itertools.count(first) if steps > first else ():  # max_minutes moves the end
         # ---- one step ----
         done, lr = step + 1, learning_rate_at(step, steps)
         # A GPU works on behind Python until a number is read from it: only where one is needed.
@@ -274,9 +274,9 @@ def main(cleanup):
         by_layer = norms_by_layer(raw, [p.grad for p in parameters]) if watched else {}
         before = [p.detach().clone() for p in parameters] if watched else []
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        grad_norm = total.item() if sync else math.inf  # unread: clips by min(1, grad_clip / total)
-        if 0 < grad_clip < grad_norm:
+        if grad_clip:  # times min(1, grad_clip / total)
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, total)
+        grad_norm = total.item() if sync else math.nan  # unread
         overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
 
         # Update; but where float16 gradients overflow no optimizer steps, and the scale sinks.
@@ -349,7 +349,8 @@ def main(cleanup):
         return 128 + stopped_by
 
 def check_settings(run_dir):
-    """Stops at the first value that cannot work, before anything is loaded or written."""
+    """Stops at the first value that cannot work, before anything is loaded or written; of the
+    model's settings GPTConfig knows."""
     one_of(settings, "optimizer", *OPTIMIZERS)
     one_of(settings, "lr_schedule", *SCHEDULES)
     if not os.path.exists(init_from):
@@ -399,7 +400,6 @@ def load_dataset(folder):
         tokenizer = tokenizer_from(meta["tokenizer"])
         for split, counts in meta["splits"].items():
             tokens = np.memmap(folder / f"{split}.bin", meta["dtype"], "r")
-            tokens = np.asarray(tokens)  # indexing a memmap takes three times as long
             if len(tokens) != counts["tokens"] or tokens.max() >= tokenizer.vocab_size:
                 raise ValueError(f"{split}.bin is not what meta.json says")
             require(len(tokens) > 1, f"{folder}/{split}.bin: one token is too few", 1)
@@ -508,7 +508,7 @@ def row_spans(rows, step, micro):
 # ---- optimizers and schedule ----
 
 def make_optimizers(model):
-    """One optimizer for all parameters or, where OPTIMIZERS names a pair, its second for the
+    """One optimizer for all parameters or, where OPTIMIZERS names a second, that for the
     matrices of blocks. Weight decay is for matrices (embeddings too), not for biases and gains."""
     first, second = OPTIMIZERS[optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -576,8 +576,8 @@ class Muon(torch.optim.Optimizer):
 
 def matrices(p):
     """Views of what Muon takes for one matrix each, (rows, columns) with rows <= columns, where
-    the products are smallest. c_attn holds three: together, the values, whose gradients are the
-    largest, would take most of the update from queries and keys."""
+    the products are smallest. Of 3 C rows and C columns it is three: in c_attn together, the
+    values, whose gradients are the largest, would take most from queries and keys."""
     rows, columns = p.shape
     if rows == 3 * columns:
         return p.chunk(3)
@@ -648,7 +648,7 @@ def evaluate(forward, rows, device="cpu", max_batches=0):
         logits, loss = forward(x, y)
         n = (y >= 0).sum().item()
         nats, counted = nats + loss.item() * n, counted + n
-        right += (logits.max(dim=-1).indices == y).sum().item()  # a third of argmax's time
+        right += (logits.max(dim=-1).indices == y).sum().item()  # argmax takes longer
     nats, right, counted = summed(device, nats, right, counted)
     return nats / counted, right / counted
 
@@ -1031,7 +1031,7 @@ def evaluate_positions(forward, rows, device="cpu", max_batches=0):
         logits = forward(x)[0]
         nats = [F.cross_entropy(row.float(), targets, ignore_index=-1, reduction="none")
                 for row, targets in zip(logits, y)]  # a row at a time: floats of all are many
-        right = logits.max(dim=-1).indices == y      # on a CPU a third of argmax's time
+        right = logits.max(dim=-1).indices == y      # argmax takes longer
         sums[:, :x.size(1)] += torch.stack((torch.stack(nats), right, y >= 0)).sum(dim=1).cpu()
     return torch.tensor(summed(device, *sums.flatten().tolist()), dtype=sums.dtype).view(3, -1)
 
