@@ -575,7 +575,8 @@ def read_gpt2(folder):
         activation=ACTIVATION_NAMES.get(activation, activation),
         tied=theirs.get("tie_word_embeddings", True))
     shards, weights, spec = {"model.safetensors"}, {}, None
-    if (folder / "model.safetensors.index.json").is_file():
+    if not (folder / "model.safetensors").is_file() and (
+            folder / "model.safetensors.index.json").is_file():
         index = json.loads(read_text(folder / "model.safetensors.index.json"))
         shards = set(index["weight_map"].values())
     for shard in sorted(shards):
@@ -928,7 +929,9 @@ def fetch(url, part, sha256, limit, timeout):
     return "whole"
 
 def sha256_of(path):
-    """Hexadecimal digest of a file, "" where there is none."""
+    """Hexadecimal digest of a file, or of those in a folder, "" where there is none."""
+    if path.is_dir():
+        return hashlib.sha256("".join(map(sha256_of, sorted(path.iterdir()))).encode()).hexdigest()
     if not path.is_file():
         return ""
     with open(path, "rb") as file:

@@ -8,6 +8,7 @@
 import hashlib
 import heapq
 import json
+import shlex
 import threading
 from array import array
 from collections import Counter, defaultdict, deque
@@ -73,7 +74,7 @@ def main():
             encoder = known_tokenizer(tokenizer)
         write_dataset(folder, splits, encoder, made_by=made_by)
     config = config_file(f"config/shakespeare_{'gpt2' if tokenizer == 'gpt2' else 'cpu'}.py")
-    print(f"next: python train.py {config} --dataset={folder.name}")
+    print(f"next: python train.py {config} --dataset={shlex.quote(folder.name)}")
 
 def check_splits(settings):
     """Stops where the settings leave nothing to train on, or name a folder elsewhere."""
@@ -81,7 +82,7 @@ def check_splits(settings):
     require(val >= 0 and test >= 0 and val + test < 1,
             "--val_fraction and --test_fraction must be 0 or above and leave some to train on")
     name = dataset_name(settings["dataset"])
-    require(Path(name).name == name,
+    require(Path(name).name == name != "..",
             "--dataset must be the plain name of a folder under data/")
 
 def check_tokenizer(settings):
@@ -99,11 +100,15 @@ def known_tokenizer(name):
 def is_complete(folder, made_by):
     """Whether folder holds a dataset made with just these settings; says what it holds."""
     try:
-        complete = json.loads((folder / "meta.json").read_bytes())["made_by"] == made_by
+        meta = json.loads((folder / "meta.json").read_bytes())
+        size = np.dtype(meta["dtype"]).itemsize
+        complete = meta["made_by"] == made_by and all(
+            (folder / f"{split}.bin").stat().st_size == size * counts["tokens"]
+            for split, counts in meta["splits"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
     same = "is there already, made from the same text with the same settings"
-    print(folder, same if complete else "held another text or other settings: replaced")
+    print(folder, same if complete else "holds another text or other settings, to be replaced")
     return complete
 
 def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000_000, nats={},
@@ -113,7 +118,6 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
     about chunk_size characters at a time. nats: {split: -ln p of all its texts}, where known."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32)
     local = threading.local()
 
@@ -134,6 +138,7 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
             for ids, counts in map_in_order(encode, chunks(texts, chunk_size), workers):
                 file.write(ids.tobytes())
                 totals += counts
+            (folder / "meta.json").unlink(missing_ok=True)  # from here on the old is not whole
         counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
         if split in nats:
             counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # first: no target

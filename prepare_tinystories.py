@@ -13,8 +13,10 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 from array import array
+from contextlib import suppress
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -93,7 +95,7 @@ def main():
                       read=read)
     usual = f"tinystories_{encoder.spec['kind'].replace('byte', 'char')}"
     config = config_file(f"config/{'quickstart' if source == 'grammar' else usual}.py")
-    print(f"next: python train.py {config} --dataset={folder.name}")
+    print(f"next: python train.py {config} --dataset={shlex.quote(folder.name)}")
 
 def check_settings():
     at_least(0, settings, "max_stories", "workers", "seed")
@@ -158,7 +160,7 @@ def read_stories(paths, size=1_000_000, tail=True):
     With tail, what follows the last EOT is a story, too. Of .jsonl each line's "text" is one.
     Raises OSError or ValueError."""
     for path in paths:
-        if path.suffix.lower() == ".jsonl":
+        if path.suffix.lower() == ".jsonl" or begins_with_json(path):
             yield from json_stories(path)
             continue
         with open(path, "rb") as file:
@@ -175,6 +177,13 @@ def read_stories(paths, size=1_000_000, tail=True):
             show_progress("")
             if tail and rest.strip():
                 yield from split_stories(rest, path, length - len(rest))
+
+def begins_with_json(path):
+    """Whether the first line of a file is JSON with a "text", whatever its name, as of a pipe."""
+    with open(path, "rb") as file, suppress(ValueError):
+        first = json.loads(file.readline(LONGEST))
+        return isinstance(first, dict) and "text" in first
+    return False
 
 def json_stories(path):
     with open(path, "rb") as file:

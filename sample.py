@@ -383,6 +383,8 @@ def write_pretrained(model, tokenizer, folder):
     if not c.tied:
         weights["lm_head.weight"] = head
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)  # of another model
     write_safetensors(folder / "model.safetensors", weights, tokenizer.spec)
     files = {"config.json": ASSUMED | {
         "architectures": ["GPT2LMHeadModel"], "activation_function": activation,

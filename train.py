@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -235,12 +236,11 @@ def main(cleanup):
     moments = 8 * raw.num_params() * (first == 0)  # AdamW's, not there yet in a new run
     print(f"about {minutes:,.1f} min and {(peak_memory(device) + moments) / 1e9:.1f} GB here")
     profiler = start_profiler(run_dir, device)
-    if rank == 0:
-        open_run(run_dir, first)
+    replaced = open_run(run_dir, first) if rank == 0 else []
     signals, stopped_by = cleanup.enter_context(catch_signals()), 0
     began = time.perf_counter() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
-        log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, guesses)
+        log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, guesses, signals)
         each_evaluation = time.perf_counter() - began
     intervals = (log_interval or 10, evaluate_every, save_interval, sample_interval,
                  snapshot_interval)
@@ -320,10 +320,10 @@ def main(cleanup):
                              "best_train": row["train"], "best_accuracy": row["accuracy"]}
                 names.append("best.pt")
         if every(log_interval, done) or "val" in row:
-            log(row, run_dir, guesses, by_layer)
+            log(row, run_dir, guesses, signals, by_layer)
         if every(sample_interval, done) and rank == 0:
             with stop_on_error():
-                write_sample(raw, tokenizer, prompt.to(device), done, run_dir / "samples.txt")
+                write_sample(raw, tokenizer, prompt.to(device), done, run_dir, signals)
         if every(snapshot_interval, done):
             names.append(f"step_{done}.pt")
         stopped_by = next((number for number, seen in zip(SIGNALS, stops) if seen), 0)
@@ -337,6 +337,10 @@ def main(cleanup):
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
                                 progress=progress, checksums=checksums, dtype=str(amp)[6:],
                                 states=[part.state_dict() for part in stateful])
+            for path in replaced:  # another run's, which stayed until there was one of this
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+            replaced = []
         if leaving:
             break
         last_sync, clock = done, time.perf_counter()
@@ -362,7 +366,7 @@ def check_settings(run_dir):
     at_least(1, settings, "batch_size", "block_size", "vocab_multiple",
              "gradient_accumulation_steps")
     require(max(beta1, beta2, momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
-    require(gradient_accumulation_steps % world_size == 0,
+    require(eval_only or gradient_accumulation_steps % world_size == 0,
             f"--gradient_accumulation_steps must be a multiple of the {world_size} processes")
     require(not wandb_log or find_spec("wandb"), "--wandb_log=True needs pip install wandb")
     new = init_from != "resume" and not eval_only and not summary
@@ -371,6 +375,9 @@ def check_settings(run_dir):
     require(not decay_lr or min_lr <= learning_rate, "--min_lr must not be above --learning_rate")
     require(overwrite or not new or not any(run_dir.glob("*.pt")), f"{run_dir} holds a run: give "
             f"--init_from=resume, --overwrite=True or another --out_dir")
+    back = init_from == "resume" and Path(checkpoint or "last.pt").name != "last.pt"
+    require(overwrite or eval_only or summary or not back, f"--checkpoint={checkpoint} goes back: "
+            f"what the run saved later is replaced only with --overwrite=True; copy it if need be")
     if rank == 0 and plot and not find_spec("matplotlib"):
         print("no pictures without matplotlib: pip install matplotlib, or --plot=False")
 
@@ -690,7 +697,8 @@ def training_state(saved, path, progress, checksums):
         kept = {"best_train": math.nan, "best_accuracy": math.nan} | saved["progress"]
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
-                   if name not in FREE_ON_RESUME and settings.get(name) != value]
+                   if settings.get(name) != value
+                   and (name == "dataset" if eval_only else name not in FREE_ON_RESUME)]
         anew = "or " + BEGIN_ANEW.format(path)
         require(not changed, f"{path} was trained with {' '.join(changed)}, resume it with "
                 f"the same {anew}")
@@ -720,12 +728,12 @@ FILES = ("last.pt", "best.pt", "step_*.pt", "metrics.csv", "grad_norms.csv", "lo
          "loss_by_position.png", "trace.json.gz", "samples.txt", "wandb.txt")
 
 def open_run(run_dir, step):
-    """Prints the head of the log. A new run removes what another has left in its folder; a
-    resumed one keeps the rows of its tables up to step."""
+    """Prints the head of the log. A new run removes what another has left in its folder, but for
+    its checkpoints, which it returns; a resumed one keeps the rows of its tables up to step."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     run_dir.mkdir(parents=True, exist_ok=True)
     for path in [path for pattern in FILES for path in run_dir.glob(pattern)]:
-        if init_from != "resume":
+        if init_from != "resume" and path.suffix != ".pt":
             path.unlink()
         elif path.suffix == ".csv" and path.stat().st_size:
             head, *lines = path.read_text(errors="replace").splitlines(keepends=True)
@@ -742,15 +750,24 @@ def open_run(run_dir, step):
         run = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, id=known,
                          config=settings, resume="allow")
         path.write_text(run.id)
+    return list(run_dir.glob("*.pt")) if init_from != "resume" else []
 
-def log(row, run_dir, guesses, by_layer={}):
-    """Shows a row and keeps it in metrics.csv, grad_norms.csv (by_layer), loss.png and wandb."""
+def say(text, signals):
+    """Prints; where nobody reads any more, nowhere. A closed pipe, as of tee or head, makes the
+    run save and end; a closed terminal sends SIGHUP itself."""
     try:
-        print("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
-                      for name, (width, form) in COLUMNS.items()), flush=True)
+        print(text, flush=True)
     except OSError as error:
-        if error.errno != errno.EIO:  # the terminal was closed: SIGHUP saves and ends the run
+        if error.errno not in (errno.EPIPE, errno.EIO):
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            signals.append(signal.SIGTERM)
+
+def log(row, run_dir, guesses, signals, by_layer={}):
+    """Shows a row and keeps it in metrics.csv, grad_norms.csv (by_layer), loss.png and wandb."""
+    say("".join(f"{row[name]:{width}{form}}" if name in row else " " * width
+                for name, (width, form) in COLUMNS.items()), signals)
     if rank:
         return
     append_row(run_dir / "metrics.csv", COLUMNS, row)
@@ -775,8 +792,8 @@ def append_row(path, columns, row):
         print(*(f"{v:.6g}" if type(v) is float else v for v in values), sep=",", file=file)
 
 @eager()
-def write_sample(raw, tokenizer, ids, step, path):
-    """Prints how the model goes on from ids (1, T), and appends it to path."""
+def write_sample(raw, tokenizer, ids, step, run_dir, signals):
+    """Prints how the model goes on from ids (1, T), and appends it to samples.txt."""
     strict = deterministic and ids.is_cuda
     if strict:
         torch.use_deterministic_algorithms(False)  # there is none for cumsum
@@ -787,9 +804,9 @@ def write_sample(raw, tokenizer, ids, step, path):
     if strict:
         torch.use_deterministic_algorithms(True)
     text = tokenizer.decode(ids[0].tolist()).replace(EOT, "")
-    with open(path, "a", encoding="utf-8") as file:
+    with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
         print(f"---- step {step} ----\n{text}", file=file)
-    print(f"---- a sample at step {step} ----\n{text}\n----")
+    say(f"---- a sample at step {step} ----\n{text}\n----", signals)
 
 # Operations per second that a GPU states for bfloat16 (T4, V100: float16), without sparsity.
 PEAKS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "A100": 312e12, "H100 PCIe": 756e12,

@@ -377,7 +377,7 @@ def around():
 
     def log():
         with redirect_stdout(quiet):
-            script.log(line, Path(folder), None)
+            script.log(line, Path(folder), None, [])
 
     with open(os.devnull, "w", buffering=1) as quiet, tempfile.TemporaryDirectory() as folder:
         medians = race("4 x 64, 16 rows of 32", {"a step": step_whole, "a batch": batch,

@@ -8,6 +8,7 @@ import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -364,7 +365,7 @@ def test_a_dataset_in_the_tokens_of_a_model_trained_anew_is_made_anew(run, verse
         run("train.py", *TINY)
         made = run(*prepare, "--tokenizer=out/tiny/best.pt").out
         assert json.loads(Path("data/again/meta.json").read_text())["tokenizer"]["kind"] == kind
-    assert "data/again held another text or other settings: replaced" in made
+    assert "data/again holds another text or other settings, to be replaced" in made
     assert "is there already" in run(*prepare, "--tokenizer=out/tiny/best.pt").out
 
 
@@ -528,7 +529,53 @@ def test_a_terminal_that_is_really_closed_saves_the_run(verse):
                                    .split(",")[0]) >= 60
 
 
+@pytest.mark.parametrize("options, status", [
+    (["--log_interval=1"], signal.SIGTERM), (["--sample_interval=1"], signal.SIGTERM),
+    (["--log_interval=1"], signal.SIGINT)])
+def test_a_run_whose_output_nobody_reads_any_more_is_saved(verse, options, status):
+    """As by `| head`, or by Ctrl-C in `| tee`, which ends tee, too."""
+    command = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000",
+               "--eval_interval=0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        while b" 9 " not in run.stdout.readline() and b"step 9 " not in run.stdout.readline():
+            assert run.poll() is None
+        run.stdout.close()
+        if status == signal.SIGINT:
+            run.send_signal(status)
+        assert run.wait(timeout=60) == 128 + status and run.stderr.read() == b""
+    assert load_checkpoint("out/tiny/last.pt")["progress"]["step"] >= 9
+
+
 # ---- resuming ----
+
+def test_going_back_to_an_earlier_checkpoint_is_asked_for(train):
+    train("--snapshot_interval=2", "--max_iters=6", "--lr_decay_iters=9")
+    back = ["--init_from=resume", "--checkpoint=step_2.pt", "--lr_decay_iters=9", "--max_iters=4"]
+    one_sentence(train(*back, "--overwrite=False"), 2, "--checkpoint=step_2.pt goes back",
+                 "--overwrite=True")
+    assert load_checkpoint("out/tiny/last.pt")["progress"]["step"] == 6
+    assert train(*back, "--overwrite=False", "--eval_only=True").status == 0
+    assert train(*back).status == 0
+    assert load_checkpoint("out/tiny/last.pt")["progress"]["step"] == 4
+
+
+@pytest.mark.parametrize("begin", [[], ["--init_from=out/tiny/best.pt"]])
+def test_an_overwritten_run_stays_until_there_is_another(train, begin):
+    train("--snapshot_interval=2")
+    before = weights("best.pt")
+    failed = train(*begin, "--learning_rate=1e25", "--grad_clip=0", "--warmup_iters=0")
+    one_sentence(failed, 1, "its checkpoints are as they were")
+    assert same(weights("best.pt"), before) and Path("out/tiny/step_4.pt").exists()
+    assert train(*begin, "--eval_interval=0", "--seed=2").status == 0
+    assert sorted(path.name for path in Path("out/tiny").glob("*.pt")) == ["best.pt", "last.pt"]
+    assert not same(weights("best.pt"), before)
+
+
+def test_a_run_is_evaluated_in_other_batches(train):
+    train("--gradient_accumulation_steps=2")
+    look = ["--init_from=resume", "--eval_only=True", "--eval_iters=0"]
+    assert train(*look).out == train(*look, "--batch_size=2", "--learning_rate=1.0").out
+
 
 def test_a_run_is_not_resumed_on_another_text(train, run):
     train("--max_iters=3", "--lr_decay_iters=6")
@@ -672,3 +719,58 @@ def test_a_folder_that_may_not_be_written_is_no_full_disk(train, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", closed)
     one_sentence(train("--out_dir=out/new"), 1, "Permission denied", "choose another")
     assert REPO.is_dir()
+
+
+# ---- datasets and folders that are there already ----
+
+def test_what_cannot_be_prepared_leaves_the_dataset_that_is_there(train, run):
+    train()
+    before = {path: path.read_bytes() for path in Path("data/verse").iterdir()}
+    Path("odd.txt").write_text("No w\u00f6rd of this is known. " * 100)
+    prepare = ["prepare_shakespeare.py", "--source=odd.txt", "--dataset=verse"]
+    one_sentence(run(*prepare, "--tokenizer=out/tiny/best.pt"), 1, "is not among the vocabulary")
+    assert before == {path: path.read_bytes() for path in Path("data/verse").iterdir()}
+
+
+def test_a_dataset_that_lacks_a_file_is_made_again(verse, run):
+    prepare = ["prepare_shakespeare.py", "--source=verse.txt", "--dataset=verse"]
+    before = Path("data/verse/train.bin").read_bytes()
+    for harm in (Path.unlink, lambda path: path.write_bytes(before[:-2])):
+        harm(Path("data/verse/train.bin"))
+        assert run(*prepare).status == 0 and Path("data/verse/train.bin").read_bytes() == before
+    assert "is there already" in run(*prepare).out
+    one_sentence(run(*prepare[:2], "--dataset=.."), 2, "plain name")
+    made = run(*prepare[:2], "--dataset=my verse").out
+    assert made.endswith("--dataset='my verse'\n")
+
+
+def test_another_tokenizer_in_the_same_folder_makes_another_dataset(verse, run):
+    Path("stories.txt").write_text(f"{EOT}\n".join([VERSE] * 40))
+    for script, source in (("prepare_shakespeare.py", "verse.txt"),
+                           ("prepare_tinystories.py", "stories.txt")):
+        for kind in (CharTokenizer("".join(sorted(set(VERSE + EOT)))), ByteTokenizer()):
+            write_pretrained(gpt2_model(256), kind, Path("exported"))
+            made = run(script, f"--source={source}", "--tokenizer=exported", "--dataset=new")
+            assert made.status == 0 and "is there already" not in made.out
+            spec = json.loads(Path("data/new/meta.json").read_text())["tokenizer"]
+            assert spec["kind"] == kind.spec["kind"]
+
+
+def test_an_export_replaces_what_another_model_left_in_the_folder(workdir):
+    folder = Path("exported")
+    write_pretrained(gpt2_model(300), BPETokenizer({"kind": "bpe", "tokens": []}), folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"wte": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = gpt2_model(256)
+    write_pretrained(model, ByteTokenizer(), folder)
+    assert not (folder / "tokenizer.json").exists()
+    assert same(load_checkpoint(folder)["model"].state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["stories.ndjson", "stories.txt", "stories.jsonl"])
+def test_json_lines_are_known_by_what_they_are(workdir, name):
+    """So they may come from a pipe, which has no name."""
+    lines = [json.dumps({"text": f"Story {i}.\nEnd.{EOT}"}) + "\n" for i in range(3)]
+    Path(name).write_text("".join(lines))
+    assert [*read_stories([Path(name)])] == [f"Story {i}.\nEnd." for i in range(3)]
