@@ -460,6 +460,7 @@ def write_page(path, model, tokenizer, ids, first, source):
     past, ids = ids[:-kept], ids[-kept:]
     numbers = explanation(model, tokenizer, ids, max(0, first - len(past)), past)
     numbers["title"] = f"What a text does in {source}"
+    numbers["title"] += f": its last {kept} tokens, read anew" * bool(past)
     with suppress(OSError, ValueError, LookupError), warnings.catch_warnings(action="ignore"):
         log = Path(source).with_name("metrics.csv")
         rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1, invalid_raise=False)

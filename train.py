@@ -214,6 +214,7 @@ def main(cleanup):
 
     # ---- the run ----
     step_rows = batch_size * gradient_accumulation_steps
+    step_tokens = step_rows * rows.targets  # without padding
     steps_per_epoch = rows.number / step_rows
     first, steps = progress["step"], math.ceil(max_epochs * steps_per_epoch) or max_iters
     evaluate_every = max(1, round(eval_epochs * steps_per_epoch)) if eval_epochs else eval_interval
@@ -229,7 +230,7 @@ def main(cleanup):
             f"--profile={profile} needs {3 + profile} steps, raise --max_iters, "
             "--max_epochs or --max_minutes")
     print(f"{optimizer} on {device} in {str(amp)[6:]}: {steps:,} steps of "
-          f"{step_rows * block_size:,} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
+          f"{step_tokens:,.0f} tokens, {steps / steps_per_epoch:.2f} epochs, to {run_dir}"
           + f", {world_size} processes" * (world_size > 1))
     evaluations = (steps - first) / (evaluate_every or max(1, steps)) + (first == 0)
     minutes = ((steps - first) * each_step + evaluations * each_evaluation) / 60
@@ -308,7 +309,7 @@ def main(cleanup):
             steps = done + steps_in(left, stepping / (done - first), each_evaluation,
                                     evaluate_every, device)
         row = {"step": done, "loss": loss, "lr": lr, "norm": grad_norm,
-               "ms": 1000 * step_time, "tok/s": step_rows * block_size / step_time,
+               "ms": 1000 * step_time, "tok/s": step_tokens / step_time,
                "elapsed": now - began, "eta": (now - began) * (steps / done - 1)}
         names = []  # of the checkpoints that are due
         if every(evaluate_every, done) or done >= steps:
@@ -347,7 +348,7 @@ def main(cleanup):
     if profiler:
         profiler.stop()
 
-    print_result(progress, step_rows, meta["splits"]["val"], guesses, run_dir, raw, device)
+    print_result(progress, step_tokens, meta["splits"]["val"], guesses, run_dir, raw, device)
     if stopped_by:
         print("to go on, give the same command with --init_from=resume")
         return 128 + stopped_by
@@ -438,6 +439,7 @@ class Documents:
         pieces = -(-np.diff(self.ends) // block_size)  # rounded up
         self.first_rows = np.append(0, pieces.cumsum())
         self.number = int(self.first_rows[-1])
+        self.targets = (len(tokens) - 1) / self.number  # of a row, in the mean
 
     def span(self, row, phase=0):
         """Places of a row's first input and last target, or of (N,) rows'; with block_size 8 and
@@ -453,6 +455,7 @@ class Windows:
         self.tokens = tokens
         self.phases = min(block_size, len(tokens) - block_size)
         self.number = (len(tokens) - self.phases) // block_size  # that fit in any phase
+        self.targets = block_size
 
     def span(self, row, phase=0):
         first = phase + block_size * row
@@ -812,11 +815,11 @@ def write_sample(raw, tokenizer, ids, step, run_dir, signals):
 PEAKS = {"T4": 65e12, "V100": 125e12, "L4": 121e12, "A100": 312e12, "H100 PCIe": 756e12,
          "H100 80GB HBM3": 989e12, "H200": 989e12, "B200": 2250e12}
 
-def print_result(progress, step_rows, counts, guesses, run_dir, raw, device):
+def print_result(progress, step_tokens, counts, guesses, run_dir, raw, device):
     """The last lines of a run: its best loss beside that of counts and the text's own entropy,
     its speed, its share of the GPU's peak (MFU)."""
     done, seconds, loss = progress["step"], progress["seconds"], progress["best_loss"]
-    speed = done * step_rows * block_size / max(seconds, 1e-9)  # tokens/s
+    speed = done * step_tokens / max(seconds, 1e-9)  # tokens/s
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     flops = raw.flops_per_token() * speed / world_size
     mfu = next((f"{flops / peak:.1%}" for name, peak in PEAKS.items()
@@ -943,7 +946,7 @@ def time_a_step(add_gradients, rows, val, device):
             torch.cuda.synchronize(device)
         micro = (time.perf_counter() - began) / world_size
     batches = 2 * (eval_iters or val.number / batch_size)
-    share = len(val.tokens) / (val.number * block_size)  # of a row, the rest is padding
+    share = val.targets / block_size  # of a row, the rest is padding
     return micro * gradient_accumulation_steps, micro / 3 * batches * share
 
 def steps_in(seconds, each_step, each_evaluation, evaluate_every, device):

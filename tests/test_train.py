@@ -473,10 +473,21 @@ def test_mfu_is_held_against_the_gpu_by_name(monkeypatch, capsys):
     for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12,
                        "NVIDIA L4": 121e12, "NVIDIA L40S": 0, "Some GPU": 0}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda target, name=name: name)
-        script.print_result(progress, 10 ** 6, {}, {}, Path(), raw, torch.device("cuda"))
-        share = peak and raw.flops_per_token() * 10 ** 7 * script.block_size / 2 / peak
+        script.print_result(progress, 10 ** 8, {}, {}, Path(), raw, torch.device("cuda"))
+        share = peak and raw.flops_per_token() * 10 ** 9 / 2 / peak
         expected = f"{share:.1%}" if peak else "n/a"
         assert f"MFU {expected}," in capsys.readouterr().out
+
+
+def test_speed_counts_no_padding(train, run):
+    Path("short.txt").write_text("".join(f"Story {i} is short.\n{model.EOT}\n" for i in range(100)))
+    run("prepare_tinystories.py", "--source=short.txt", "--tokenizer=byte", "--dataset=short")
+    counts = json.loads(Path("data/short/meta.json").read_text())["splits"]["train"]
+    result = train("--dataset=short", "--document_rows=True", "--block_size=64")
+    tokens = 4 * (counts["tokens"] - 1) / counts["documents"]
+    assert f" steps of {tokens:.0f} tokens" in result.out and tokens < 4 * 20
+    for row in metrics()[1:]:
+        assert float(row["tok/s"]) * float(row["ms"]) / 1000 == pytest.approx(tokens, rel=1e-3)
 
 
 def test_an_evaluation_draws_the_curves(train):
