@@ -480,14 +480,16 @@ def load_checkpoint(source, device="cpu", cache_dir="", **changes):
         check(path.suffix not in (".safetensors", ".bin"), "give the folder that it lies in")
         read = read_gpt2 if path.is_dir() else read_pt
         config, weights, spec, saved = read(path)
+    with reading(path):
+        check(changes.get("block_size", 0) <= config.block_size,
+              f"its context is {config.block_size} tokens, give no larger --block_size")
+    with reading(path, remedy):
         model, tokenizer = build(config, weights, spec, **changes)
     return saved | {"model": model.to(device), "tokenizer": tokenizer}
 
 def build(config, weights, spec, **changes):
     """(GPT in eval mode, tokenizer) of a GPTConfig with changes, {name: tensor} and a
     tokenizer's spec. Raises ValueError or RuntimeError where they do not fit together."""
-    check(changes.get("block_size", 0) <= config.block_size,
-          f"its context is {config.block_size} tokens, give no larger --block_size")
     check(config.n_layer <= len(weights), "it has fewer weights than layers")
     check(all(w.nbytes <= w.untyped_storage().nbytes() for w in weights.values()),
           "its weights are views of fewer numbers")  # a copy could take all memory

@@ -87,6 +87,8 @@ def main():
             count = survey(val_paths)["stories"]
             splits["val"] = partial(stories_of, val_paths, np.ones(count, bool))
         encoder = make_tokenizer(splits)
+        require(encoder.eot is not None, f"--tokenizer={tokenizer} cannot end a story, it has no "
+                f"{EOT}: give char, byte, gpt2, bpe or a checkpoint that learned stories")
         stories = {split: read_split() for split, read_split in splits.items()}
         threads = workers or min(16, os.cpu_count())
         if source == "grammar":

@@ -748,7 +748,7 @@ def test_another_tokenizer_in_the_same_folder_makes_another_dataset(verse, run):
     Path("stories.txt").write_text(f"{EOT}\n".join([VERSE] * 40))
     for script, source in (("prepare_shakespeare.py", "verse.txt"),
                            ("prepare_tinystories.py", "stories.txt")):
-        for kind in (CharTokenizer("".join(sorted(set(VERSE + EOT)))), ByteTokenizer()):
+        for kind in (CharTokenizer("\3" + "".join(sorted(set(VERSE)))), ByteTokenizer()):
             write_pretrained(gpt2_model(256), kind, Path("exported"))
             made = run(script, f"--source={source}", "--tokenizer=exported", "--dataset=new")
             assert made.status == 0 and "is there already" not in made.out
@@ -774,3 +774,10 @@ def test_json_lines_are_known_by_what_they_are(workdir, name):
     lines = [json.dumps({"text": f"Story {i}.\nEnd.{EOT}"}) + "\n" for i in range(3)]
     Path(name).write_text("".join(lines))
     assert [*read_stories([Path(name)])] == [f"Story {i}.\nEnd." for i in range(3)]
+
+
+def test_stories_need_a_tokenizer_that_can_end_them(train, run):
+    train()
+    Path("stories.txt").write_text(f"{EOT}\n".join([VERSE] * 40))
+    one_sentence(run("prepare_tinystories.py", "--source=stories.txt",
+                     "--tokenizer=out/tiny/best.pt"), 2, f"it has no {EOT}")

@@ -306,6 +306,10 @@ def test_a_context_is_cropped_never_stretched(train, weights):
     idx = torch.randint(20, (1, 8))
     assert torch.allclose(cropped(idx)[0], weights["model"](idx)[0], atol=1e-6)
     one_sentence(train("--init_from=ours", "--block_size=17"), 1, "give no larger --block_size")
+    train("--max_iters=2")
+    larger = train("--init_from=out/tiny/best.pt", "--block_size=17", "--eval_only=True")
+    one_sentence(larger, 1, "give no larger --block_size")
+    assert "--checkpoint" not in larger.err
 
 
 def test_weights_with_other_tokens_are_refused(train, weights, gpt2):
