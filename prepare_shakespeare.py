@@ -13,6 +13,7 @@ import threading
 from array import array
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def main():
         if not source and sha256_of(path) != SHA256:
             download(URLS, path, "pass a copy with --source=FILE", SHA256)
         text = read_text(path)  # once: it may be a pipe
-        made_by = {"source": source or URLS[0], "tokenizer": tokenizer + sha256_of(Path(tokenizer)),
+        made_by = {"source": source or URLS[0], "tokenizer": tokenizer + content_of(tokenizer),
                    "sha256": hashlib.sha256(text.encode()).hexdigest(),
                    "val_fraction": val_fraction, "test_fraction": test_fraction}
         if tokenizer == "bpe":
@@ -85,11 +86,17 @@ def check_splits(settings):
     require(Path(name).name == name != "..",
             "--dataset must be the plain name of a folder under data/")
 
+KINDS = "char", "byte", "gpt2", "bpe"
+
 def check_tokenizer(settings):
     if not Path(settings["tokenizer"]).exists():
-        one_of(settings, "tokenizer", "char", "byte", "gpt2", "bpe", "a checkpoint or GPT-2 folder")
+        one_of(settings, "tokenizer", *KINDS, "a checkpoint or GPT-2 folder")
     require(settings["tokenizer"] != "bpe" or 257 <= settings["vocab_size"] <= 2 ** 16,
             f"--vocab_size must be from 257 to 65536, not {settings['vocab_size']}")
+
+def content_of(tokenizer):
+    """A digest of the checkpoint or folder that the setting names, which may change; or ""."""
+    return "" if tokenizer in KINDS else sha256_of(Path(tokenizer))
 
 def known_tokenizer(name):
     """The tokenizer of a kind that learns nothing, or of a checkpoint, ours or another GPT-2's."""
@@ -130,22 +137,24 @@ def write_dataset(folder, splits, tokenizer, end="", workers=1, chunk_size=1_000
         return ids, (len(ids), len(texts), len(text) - ends, len(text.encode()) - ends)
 
     meta = {"tokenizer": tokenizer.spec, "dtype": dtype.name, "splits": {}} | more
-    for split, texts in splits.items():
-        first = tokenizer.encode(end).astype(dtype)
-        totals = np.array((len(first), 0, 0, 0))
-        with atomic_write(folder / f"{split}.bin") as file:
+    with ExitStack() as files:  # which replace the old ones together, at its end
+        for split, texts in splits.items():
+            first = tokenizer.encode(end).astype(dtype)
+            totals = np.array((len(first), 0, 0, 0))
+            file = files.enter_context(atomic_write(folder / f"{split}.bin"))
             file.write(first.tobytes())
             for ids, counts in map_in_order(encode, chunks(texts, chunk_size), workers):
                 file.write(ids.tobytes())
                 totals += counts
-            (folder / "meta.json").unlink(missing_ok=True)  # from here on the old is not whole
-        counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
-        if split in nats:
-            counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # first: no target
-            counts["nats_per_character"] = nats[split] / counts["characters"]
-        meta["splits"][split] = {"file": f"{split}.bin"} | counts
-        print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "
-              f"{counts['documents']:,} documents, {counts['characters']:,} characters")
+            file.flush()
+            counts = dict(zip(("tokens", "documents", "characters", "bytes"), totals.tolist()))
+            if split in nats:
+                counts["nats_per_token"] = nats[split] / (counts["tokens"] - 1)  # first: no target
+                counts["nats_per_character"] = nats[split] / counts["characters"]
+            meta["splits"][split] = {"file": f"{split}.bin"} | counts
+            print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens, "
+                  f"{counts['documents']:,} documents, {counts['characters']:,} characters")
+        (folder / "meta.json").unlink(missing_ok=True)  # from here on the old is not whole
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
     print(f"{folder}/meta.json: vocabulary of {tokenizer.vocab_size:,}")

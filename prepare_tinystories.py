@@ -26,8 +26,8 @@ import numpy as np
 
 from config import at_least, config_file, configure, dataset_name, require, stop_on_error
 from model import EOT, CharTokenizer, atomic_write, download, plain, sha256_of, show_progress
-from prepare_shakespeare import (check_splits, check_tokenizer, is_complete, known_tokenizer,
-                                 learn_tokenizer, write_dataset)
+from prepare_shakespeare import (check_splits, check_tokenizer, content_of, is_complete,
+                                 known_tokenizer, learn_tokenizer, write_dataset)
 
 # Stories
 source = "tinystories"   # tinystories, tinystories_v2, grammar, a file or folder: .txt, .jsonl
@@ -67,7 +67,7 @@ def main():
         made_by = {name: value for name, value in settings.items()
                    if name not in ("workers", "chunk_size", "hub", "dataset")}
         # Of what is not a download; a checkpoint may have been trained anew.
-        made_by["sha256"] = sha256_of_all(paths + val_paths + [Path(tokenizer)])
+        made_by["sha256"] = sha256_of_all(paths + val_paths, content_of(tokenizer))
         if is_complete(folder, made_by):
             return
         if source in HUB_FILES:
@@ -132,11 +132,12 @@ def text_files(name, path):
             shutil.copyfileobj(pipe, copy)
     return files
 
-def sha256_of_all(paths):
-    """One hexadecimal digest of the files, or of the grammar where that is the source."""
+def sha256_of_all(paths, more=""):
+    """One hexadecimal digest of the files, or of the grammar where that is the source, and more."""
     digest = hashlib.sha256(repr(GRAMMAR).encode() if source == "grammar" else b"")
     for path in paths:
         digest.update(bytes.fromhex(sha256_of(path)))
+    digest.update(bytes.fromhex(more))
     return digest.hexdigest()
 
 def from_hub(name, wanted=0):
@@ -182,7 +183,7 @@ def read_stories(paths, size=1_000_000, tail=True):
 
 def begins_with_json(path):
     """Whether the first line of a file is JSON with a "text", whatever its name, as of a pipe."""
-    with open(path, "rb") as file, suppress(ValueError):
+    with open(path, "rb") as file, suppress(ValueError, RecursionError):
         first = json.loads(file.readline(LONGEST))
         return isinstance(first, dict) and "text" in first
     return False

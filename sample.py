@@ -383,8 +383,6 @@ def write_pretrained(model, tokenizer, folder):
     if not c.tied:
         weights["lm_head.weight"] = head
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink(missing_ok=True)  # of another model
     write_safetensors(folder / "model.safetensors", weights, tokenizer.spec)
     files = {"config.json": ASSUMED | {
         "architectures": ["GPT2LMHeadModel"], "activation_function": activation,
@@ -405,6 +403,10 @@ def write_pretrained(model, tokenizer, folder):
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                 "model.safetensors.index.json"):
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)  # another model's
 
 def write_safetensors(path, weights, spec):
     """Writes {name: tensor} as float32, in order of names, and a tokenizer's spec."""

@@ -236,9 +236,9 @@ def main(cleanup):
     minutes = ((steps - first) * each_step + evaluations * each_evaluation) / 60
     moments = 8 * raw.num_params() * (first == 0)  # AdamW's, not there yet in a new run
     print(f"about {minutes:,.1f} min and {(peak_memory(device) + moments) / 1e9:.1f} GB here")
-    profiler = start_profiler(run_dir, device)
     replaced = open_run(run_dir, first) if rank == 0 else []
     signals, stopped_by = cleanup.enter_context(catch_signals()), 0
+    profiler = start_profiler(run_dir, device, signals)
     began = time.perf_counter() - progress["seconds"]  # as if the run had never been interrupted
     if first == 0:
         log({"step": 0, **losses(raw, autocast, data, device)}, run_dir, guesses, signals)
@@ -376,7 +376,8 @@ def check_settings(run_dir):
     require(not decay_lr or min_lr <= learning_rate, "--min_lr must not be above --learning_rate")
     require(overwrite or not new or not any(run_dir.glob("*.pt")), f"{run_dir} holds a run: give "
             f"--init_from=resume, --overwrite=True or another --out_dir")
-    back = init_from == "resume" and Path(checkpoint or "last.pt").name != "last.pt"
+    begin, last = run_file(run_dir, checkpoint or "last.pt"), run_dir / "last.pt"
+    back = init_from == "resume" and any(run_dir.glob("*.pt")) and begin.resolve() != last.resolve()
     require(overwrite or eval_only or summary or not back, f"--checkpoint={checkpoint} goes back: "
             f"what the run saved later is replaced only with --overwrite=True; copy it if need be")
     if rank == 0 and plot and not find_spec("matplotlib"):
@@ -699,9 +700,9 @@ def training_state(saved, path, progress, checksums):
     with stop_on_error(), reading(path, ", it holds no state of a training, train anew"):
         kept = {"best_train": math.nan, "best_accuracy": math.nan} | saved["progress"]
         progress = {name: type(value)(kept[name]) for name, value in progress.items()}
+        free = {*settings} - {"dataset", "block_size"} if eval_only else FREE_ON_RESUME
         changed = [f"--{name}={value}" for name, value in saved["settings"].items()
-                   if settings.get(name) != value
-                   and (name == "dataset" if eval_only else name not in FREE_ON_RESUME)]
+                   if name not in free and settings.get(name) != value]
         anew = "or " + BEGIN_ANEW.format(path)
         require(not changed, f"{path} was trained with {' '.join(changed)}, resume it with "
                 f"the same {anew}")
@@ -735,7 +736,8 @@ def open_run(run_dir, step):
     its checkpoints, which it returns; a resumed one keeps the rows of its tables up to step."""
     print("".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     run_dir.mkdir(parents=True, exist_ok=True)
-    for path in [path for pattern in FILES for path in run_dir.glob(pattern)]:
+    there = [path for pattern in FILES for path in run_dir.glob(pattern)]
+    for path in there:
         if init_from != "resume" and path.suffix != ".pt":
             path.unlink()
         elif path.suffix == ".csv" and path.stat().st_size:
@@ -753,7 +755,7 @@ def open_run(run_dir, step):
         run = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, id=known,
                          config=settings, resume="allow")
         path.write_text(run.id)
-    return list(run_dir.glob("*.pt")) if init_from != "resume" else []
+    return [path for path in there if path.suffix == ".pt" and init_from != "resume"]
 
 def say(text, signals):
     """Prints; where nobody reads any more, nowhere. A closed pipe, as of tee or head, makes the
@@ -1086,7 +1088,7 @@ def report(forward, data, meta, device, run_dir, source):
         with atomic_write(run_dir / "loss_by_position.png") as file:
             figure.savefig(file, format="png")
 
-def start_profiler(run_dir, device):
+def start_profiler(run_dir, device, signals):
     """torch's profiler, if wanted. It writes trace.json.gz, for ui.perfetto.dev, and a table."""
     def finish(profiler):
         path = run_dir / "trace.json.gz"
@@ -1096,7 +1098,7 @@ def start_profiler(run_dir, device):
         rows = profiler.key_averages()
         rows[:] = [row for row in rows
                    if row.device_type.name == kind and not row.is_user_annotation]
-        print(rows.table(sort_by=f"self_{kind.lower()}_time_total", row_limit=15))
+        say(rows.table(sort_by=f"self_{kind.lower()}_time_total", row_limit=15), signals)
     if profile and rank == 0:
         profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=1, warmup=2, active=profile, repeat=1),

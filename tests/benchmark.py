@@ -408,7 +408,7 @@ def counts():
     """Seconds and memory that baselines() takes in a process of its own, with the pages of the file
     it reads: 100 million tokens to count and 1 or 5 of val, as frequent as words are."""
     def measure(path, vocab_size, val, queue):
-        tokens = np.asarray(np.memmap(path, np.uint16, "r"))
+        tokens = np.memmap(path, np.uint16, "r")
         before, began = script.peak_memory(torch.device("cpu")), time.perf_counter()
         script.baselines(tokens[:-val], tokens[-val:], vocab_size)
         took = time.perf_counter() - began

@@ -537,7 +537,7 @@ def test_a_run_whose_output_nobody_reads_any_more_is_saved(verse, options, statu
     command = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000",
                "--eval_interval=0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        while b" 9 " not in run.stdout.readline() and b"step 9 " not in run.stdout.readline():
+        while not regex.search(rb"step 9 |^ +9 ", run.stdout.readline()):
             assert run.poll() is None
         run.stdout.close()
         if status == signal.SIGINT:
@@ -557,17 +557,23 @@ def test_going_back_to_an_earlier_checkpoint_is_asked_for(train):
     assert train(*back, "--overwrite=False", "--eval_only=True").status == 0
     assert train(*back).status == 0
     assert load_checkpoint("out/tiny/last.pt")["progress"]["step"] == 4
+    fork = [*back, "--overwrite=False", "--out_dir=out/fork", "--checkpoint=out/tiny/last.pt"]
+    assert train(*fork, "--max_iters=5").status == 0  # nothing is there to be replaced
+    one_sentence(train(*fork, "--max_iters=6"), 2, "out/tiny/last.pt goes back")
 
 
-@pytest.mark.parametrize("begin", [[], ["--init_from=out/tiny/best.pt"]])
+@pytest.mark.parametrize("begin", [[], ["--init_from=out/tiny/best.pt"],
+                                   ["--init_from=out/tiny/mine.pt"]])
 def test_an_overwritten_run_stays_until_there_is_another(train, begin):
     train("--snapshot_interval=2")
-    before = weights("best.pt")
+    before, mine = weights("best.pt"), Path("out/tiny/mine.pt")
+    mine.write_bytes(Path("out/tiny/best.pt").read_bytes())
     failed = train(*begin, "--learning_rate=1e25", "--grad_clip=0", "--warmup_iters=0")
     one_sentence(failed, 1, "its checkpoints are as they were")
     assert same(weights("best.pt"), before) and Path("out/tiny/step_4.pt").exists()
     assert train(*begin, "--eval_interval=0", "--seed=2").status == 0
-    assert sorted(path.name for path in Path("out/tiny").glob("*.pt")) == ["best.pt", "last.pt"]
+    kept = sorted(path.name for path in Path("out/tiny").glob("*.pt"))
+    assert kept == ["best.pt", "last.pt", "mine.pt"]
     assert not same(weights("best.pt"), before)
 
 
@@ -575,6 +581,7 @@ def test_a_run_is_evaluated_in_other_batches(train):
     train("--gradient_accumulation_steps=2")
     look = ["--init_from=resume", "--eval_only=True", "--eval_iters=0"]
     assert train(*look).out == train(*look, "--batch_size=2", "--learning_rate=1.0").out
+    one_sentence(train(*look, "--block_size=8"), 2, "--block_size=16")
 
 
 def test_a_run_is_not_resumed_on_another_text(train, run):
@@ -726,7 +733,7 @@ def test_a_folder_that_may_not_be_written_is_no_full_disk(train, monkeypatch):
 def test_what_cannot_be_prepared_leaves_the_dataset_that_is_there(train, run):
     train()
     before = {path: path.read_bytes() for path in Path("data/verse").iterdir()}
-    Path("odd.txt").write_text("No w\u00f6rd of this is known. " * 100)
+    Path("odd.txt").write_text(VERSE * 20 + "the w\u00f6rd of val is not known")
     prepare = ["prepare_shakespeare.py", "--source=odd.txt", "--dataset=verse"]
     one_sentence(run(*prepare, "--tokenizer=out/tiny/best.pt"), 1, "is not among the vocabulary")
     assert before == {path: path.read_bytes() for path in Path("data/verse").iterdir()}
