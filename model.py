@@ -272,8 +272,8 @@ class GPT(nn.Module):
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, **options):
         """(B, T) ids -> these and up to max_new_tokens more, by stream(); eval() first."""
-        options |= {"temperature": temperature, "top_k": top_k}
-        return torch.cat((ids, *stream(self, ids, max_new_tokens, **options)), dim=1)
+        return torch.cat((ids, *stream(self, ids, max_new_tokens, temperature=temperature,
+                                       top_k=top_k, **options)), dim=1)
 
 # ---- writing text ----
 
@@ -577,10 +577,9 @@ def read_gpt2(folder):
         activation=ACTIVATION_NAMES.get(activation, activation),
         tied=theirs.get("tie_word_embeddings", True))
     shards, weights, spec = {"model.safetensors"}, {}, None
-    if not (folder / "model.safetensors").is_file() and (
-            folder / "model.safetensors.index.json").is_file():
-        index = json.loads(read_text(folder / "model.safetensors.index.json"))
-        shards = set(index["weight_map"].values())
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        shards = set(json.loads(read_text(index))["weight_map"].values())
     for shard in sorted(shards):
         check((folder / shard).is_file(), f"it has no {shard}, save the model again with "
               f"transformers' save_pretrained(folder, safe_serialization=True)")

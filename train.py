@@ -236,7 +236,7 @@ def main(cleanup):
     minutes = ((steps - first) * each_step + evaluations * each_evaluation) / 60
     moments = 8 * raw.num_params() * (first == 0)  # AdamW's, not there yet in a new run
     print(f"about {minutes:,.1f} min and {(peak_memory(device) + moments) / 1e9:.1f} GB here")
-    replaced = open_run(run_dir, first) if rank == 0 else []
+    replaced = open_run(run_dir, first) if rank == 0 else set()
     signals, stopped_by = cleanup.enter_context(catch_signals()), 0
     profiler = start_profiler(run_dir, device, signals)
     began = time.perf_counter() - progress["seconds"]  # as if the run had never been interrupted
@@ -338,10 +338,9 @@ def main(cleanup):
                 save_checkpoint(run_dir / name, raw, tokenizer, settings=settings,
                                 progress=progress, checksums=checksums, dtype=str(amp)[6:],
                                 states=[part.state_dict() for part in stateful])
-            for path in replaced:  # another run's, which stayed until there was one of this
-                if path.name not in names:
-                    path.unlink(missing_ok=True)
-            replaced = []
+            for path in replaced - {run_dir / name for name in names}:
+                path.unlink(missing_ok=True)  # another run's, kept until this one had its own
+            replaced = set()
         if leaving:
             break
         last_sync, clock = done, time.perf_counter()
@@ -755,7 +754,7 @@ def open_run(run_dir, step):
         run = wandb.init(project=wandb_project, name=wandb_run_name or run_dir.name, id=known,
                          config=settings, resume="allow")
         path.write_text(run.id)
-    return [path for path in there if path.suffix == ".pt" and init_from != "resume"]
+    return {path for path in there if path.suffix == ".pt" and init_from != "resume"}
 
 def say(text, signals):
     """Prints; where nobody reads any more, nowhere. A closed pipe, as of tee or head, makes the
